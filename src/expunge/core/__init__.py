@@ -1,0 +1,1 @@
+"""The eight nouns and their contracts. Imports nothing else of expunge."""

@@ -1,0 +1,274 @@
+"""Data with stable ids: every sample carries its id in every batch.
+
+`Data` wraps `(X, y)` tensors or a map-style torch `Dataset`. Nothing downstream derives an id
+from a loader's order; a batch says which samples it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from expunge.core.errors import DataError, RequestError
+from expunge.core.hashing import hash_tensors
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+def map_inputs(x: Inputs, f: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `f` to a tensor or to every tensor of a mapping of inputs."""
+    if isinstance(x, Tensor):
+        return f(x)
+    return {name: f(value) for name, value in x.items()}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples: inputs `x` [B, …], labels `y` [B] or None where withheld, stable `ids` [B].
+
+    `total` is the size of the whole batch over all processes (equal to B in one process).
+    """
+
+    x: Any
+    y: Tensor | None
+    ids: Tensor
+    total: int = 0
+    processes: int = 1
+
+    def __len__(self) -> int:
+        """Return the number of samples in this process' share."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move inputs, labels and ids to a device."""
+        y = None if self.y is None else self.y.to(device)
+        return replace(
+            self, x=map_inputs(self.x, lambda t: t.to(device)), y=y, ids=self.ids.to(device)
+        )
+
+    def labelled(self, y: Tensor) -> Batch:
+        """Return the batch with other labels `y` [B]."""
+        return replace(self, y=y)
+
+    def mean(self, each: Tensor) -> Tensor:
+        """Mean of per-sample values over the *whole* batch, whatever share this process holds.
+
+        Gradients are averaged over P processes, so a share is scaled by P / total.
+
+        Args:
+            each: per-sample values [B].
+
+        Returns:
+            A scalar; equal to `each.mean()` in one process.
+        """
+        if self.processes == 1:
+            return each.mean()
+        return each.sum() * (self.processes / self.total)
+
+
+class Data:
+    """Samples with stable integer ids, optional labels, optional names and further columns."""
+
+    def __init__(
+        self,
+        source: Dataset[Any] | tuple[Any, Any] | Tensor,
+        *,
+        ids: Sequence[int] | Tensor | None = None,
+        names: Sequence[str] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """Wrap a source.
+
+        Args:
+            source: a map-style torch `Dataset` of `(x, y)`, a pair `(X, y)` of arrays or tensors
+                (y may be None), or inputs alone.
+            ids: stable integer ids, one a sample; positions when left out.
+            names: outside names (file names, user keys) that a request may use instead of ids.
+            columns: further per-sample values that a request's `where=` may use.
+
+        Raises:
+            DataError: sizes disagree, ids repeat, inputs hold NaN or infinite values, or the
+                source is empty.
+        """
+        self._dataset: Dataset[Any] | None = None
+        self._x: Any = None
+        self._labels: Tensor | None = None
+        if isinstance(source, Dataset):
+            self._dataset = source
+            self._length = len(source)  # type: ignore[arg-type]
+            self._labels_known = False
+        else:
+            x, y = source if isinstance(source, tuple) else (source, None)
+            self._x = x if isinstance(x, Mapping) else torch.as_tensor(x)
+            first = next(iter(self._x.values())) if isinstance(self._x, Mapping) else self._x
+            self._length = len(first)
+            self._labels = None if y is None else torch.as_tensor(y)
+            self._labels_known = True
+            map_inputs(self._x, _require_finite)
+        if not self._length:
+            raise DataError("the data holds no samples")
+        if self._labels is not None and len(self._labels) != self._length:
+            raise DataError(f"{self._length} inputs but {len(self._labels)} labels")
+        self.ids = torch.arange(self._length) if ids is None else torch.as_tensor(ids).long()
+        if len(self.ids) != self._length or len(self.ids.unique()) != self._length:
+            raise DataError("ids must be unique and as many as the samples")
+        self.names = None if names is None else list(names)
+        if self.names is not None and len(set(self.names)) != self._length:
+            raise DataError("names must be unique and as many as the samples")
+        self.columns = {k: np.asarray(v) for k, v in (columns or {}).items()}
+        for column, values in self.columns.items():
+            if len(values) != self._length:
+                raise DataError(
+                    f"column {column!r} has {len(values)} values for {self._length} samples"
+                )
+        self._position = {int(i): p for p, i in enumerate(self.ids.tolist())}
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def of(cls, source: Any) -> Data:
+        """Return `source` itself if it is `Data`, else wrap it."""
+        return source if isinstance(source, Data) else cls(source)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self._length
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Labels [N] in the order of `ids`, or None; a `Dataset` is read once for them."""
+        if not self._labels_known:
+            targets = getattr(self._dataset, "targets", None)
+            if targets is None:
+                labels = [self._item(p)[1] for p in range(self._length)]
+                targets = None if any(y is None for y in labels) else labels
+            self._labels = None if targets is None else torch.as_tensor(targets)
+            self._labels_known = True
+        return self._labels
+
+    def labels_of(self, ids: Tensor) -> Tensor:
+        """Labels of the samples `ids`, in that order.
+
+        Raises:
+            DataError: the data has no labels.
+        """
+        if self.labels is None:
+            raise DataError("the data has no labels")
+        return self.labels[self.positions(ids)]
+
+    def positions(self, ids: Tensor | Sequence[int]) -> Tensor:
+        """Positions of stable ids.
+
+        Raises:
+            RequestError: an id is not in the data.
+        """
+        wanted = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+        missing = [i for i in wanted if i not in self._position]
+        if missing:
+            raise RequestError(f"{_some(missing)} not in the data of {len(self)} samples")
+        return torch.tensor([self._position[i] for i in wanted], dtype=torch.long)
+
+    def ids_of(self, wanted: Sequence[int | str]) -> Tensor:
+        """Stable ids for a mixture of ids and outside names.
+
+        Raises:
+            RequestError: something wanted is not in the data.
+        """
+        by_name = (
+            {} if self.names is None else dict(zip(self.names, self.ids.tolist(), strict=True))
+        )
+        found, missing = [], []
+        for item in wanted:
+            if isinstance(item, str) and item in by_name:
+                found.append(by_name[item])
+            elif _is_int(item) and int(item) in self._position:
+                found.append(int(item))
+            else:
+                missing.append(item)
+        if missing:
+            raise RequestError(f"{_some(missing)} not in the data of {len(self)} samples")
+        return torch.tensor(sorted(set(found)), dtype=torch.long)
+
+    def fetch(self, ids: Tensor) -> Batch:
+        """Read the samples `ids` into one batch, in that order."""
+        positions = self.positions(ids)
+        if self._dataset is None:
+            y = None if self._labels is None else self._labels[positions]
+            return Batch(map_inputs(self._x, lambda t: t[positions]), y, ids, len(ids))
+        items = [self._item(int(p)) for p in positions]
+        first = items[0][0]
+        x = (
+            {k: torch.stack([item[0][k] for item in items]) for k in first}
+            if isinstance(first, Mapping)
+            else torch.stack([torch.as_tensor(item[0]) for item in items])
+        )
+        y = None if items[0][1] is None else torch.as_tensor([int(item[1]) for item in items])
+        return Batch(x, y, ids, len(ids))
+
+    def batches(
+        self, size: int, ids: Tensor | None = None, shuffle: torch.Generator | None = None
+    ) -> Iterator[Batch]:
+        """Yield batches over `ids` (all by default), shuffled if a generator is given."""
+        ids = self.ids if ids is None else ids
+        if shuffle is not None:
+            ids = ids[torch.randperm(len(ids), generator=shuffle)]
+        for chunk in ids.split(size):
+            yield self.fetch(chunk)
+
+    def without(self, ids: Tensor) -> Tensor:
+        """Ids of all samples but `ids`, sorted."""
+        return self.ids[~torch.isin(self.ids, ids)].sort().values
+
+    def table(self) -> dict[str, np.ndarray]:
+        """Columns that a request's `where=` may name: id, label, name and the further columns."""
+        table = dict(self.columns, id=self.ids.numpy())
+        if self.labels is not None:
+            table["label"] = self.labels.numpy()
+        if self.names is not None:
+            table["name"] = np.asarray(self.names)
+        return table
+
+    def fingerprint(self) -> str:
+        """SHA-256 over ids, inputs and labels; read once and kept."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for batch in self.batches(256):
+                parts = {"ids": batch.ids}
+                parts |= {"x": batch.x} if isinstance(batch.x, Tensor) else dict(batch.x)
+                if batch.y is not None:
+                    parts["y"] = batch.y
+                digest.update(hash_tensors(parts).encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def _item(self, position: int) -> tuple[Any, Any]:
+        item = self._dataset[position]  # type: ignore[index]
+        pair = tuple(item) if isinstance(item, (tuple, list)) else (item, None)
+        map_inputs(
+            pair[0] if isinstance(pair[0], Mapping) else torch.as_tensor(pair[0]), _require_finite
+        )
+        return pair[0], pair[1]
+
+
+def _require_finite(tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise DataError("the data holds NaN or infinite values; clean it first")
+    return tensor
+
+
+def _is_int(item: int | str) -> bool:
+    return not isinstance(item, str) or item.lstrip("-").isdigit()
+
+
+def _some(items: Sequence[Any], show: int = 5) -> str:
+    listed = ", ".join(repr(i) for i in items[:show])
+    more = f" and {len(items) - show} more" if len(items) > show else ""
+    return (
+        f"{'id' if len(items) == 1 else 'ids'} {listed}{more} {'is' if len(items) == 1 else 'are'}"
+    )

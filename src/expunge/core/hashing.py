@@ -1,0 +1,85 @@
+"""Content hashes: one canonical JSON form, one hash for weights, one for arrays.
+
+Every cache key and every record rests on these three functions, so equal content gives equal
+keys on every machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def plain(value: Any) -> Any:
+    """Turn a value into JSON types: dataclasses to dicts, tuples and sets to lists, NaN to None.
+
+    Args:
+        value: anything made of dataclasses, mappings, sequences, paths, arrays and scalars.
+
+    Returns:
+        The same content as dict, list, str, int, float, bool or None.
+
+    Raises:
+        TypeError: for a type without a JSON form.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(v) for v in value)
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, Tensor):
+        return plain(value.detach().cpu().numpy())
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    raise TypeError(f"no JSON form for {type(value).__name__}")
+
+
+def canonical(value: Any) -> bytes:
+    """Return the one JSON text of a value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def content_key(value: Any) -> str:
+    """Return the SHA-256 (hex) of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash named tensors by name, dtype, shape and bytes; the order of insertion does not matter.
+
+    Args:
+        tensors: a state dict or any mapping of names to tensors.
+
+    Returns:
+        SHA-256 in hex. Equal if and only if every name, dtype, shape and bit is equal.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(canonical([name, str(tensor.dtype), list(tensor.shape)]))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_model(model: torch.nn.Module) -> str:
+    """Hash a model's state dict, parameters and buffers alike."""
+    return hash_tensors({k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)})

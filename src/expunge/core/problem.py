@@ -1,0 +1,206 @@
+"""Problem: what a model is, for every method and audit.
+
+`each_loss(model, batch) -> Tensor[B]` is the only function a kind of model must fill. The rest
+are capabilities, discovered by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.data import Batch, Data
+from expunge.core.errors import DataError, NeedsError, RequestError
+from expunge.core.hashing import content_key, hash_model
+from expunge.core.request import Request
+
+Recipe = Callable[[Tensor, int], nn.Module]
+
+
+class Problem:
+    """A model, its data with stable ids, and a few functions of `(model, batch)`."""
+
+    kind: ClassVar[str] = "custom"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Any,
+        test: Any = None,
+        *,
+        valid: Any = None,
+        recipe: Recipe | None = None,
+        roles: Mapping[str, list[str]] | None = None,
+        name: str = "",
+        source: Mapping[str, Any] | None = None,
+        tuned: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Describe a model and its data.
+
+        Args:
+            model: the trained model; it is copied, never changed.
+            train: training data: `Data`, a torch `Dataset`, or `(X, y)`.
+            test: held-out data of the same kind; audits use it, methods never see it.
+            valid: validation data that a method may declare and use.
+            recipe: `recipe(keep_ids, seed) -> model`, training from a fresh initialisation on the
+                samples `keep_ids`; it makes retrained references and exact methods possible.
+            roles: names of modules by role (`"last layer"`, …) where the default guess is wrong.
+            name: a short name for tables.
+            source: how to build this problem again, for `reproduce`.
+            tuned: settings per method name that suit this problem, with their source elsewhere.
+        """
+        self.model = copy.deepcopy(model).eval()
+        self.train = Data.of(train)
+        self.test = None if test is None else Data.of(test)
+        self.valid = None if valid is None else Data.of(valid)
+        self.recipe = recipe
+        self._roles = dict(roles or {})
+        self.name = name or type(model).__name__
+        self.source = dict(source or {})
+        self.tuned = {k: dict(v) for k, v in (tuned or {}).items()}
+        self._extra: dict[str, Callable[..., Any]] = {}
+        self._hashes: dict[str, str] = {}
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        data: Any,
+        *,
+        each_loss: Callable[[nn.Module, Batch], Tensor],
+        **more: Any,
+    ) -> Problem:
+        """Describe an unusual model by functions, without a subclass.
+
+        Args:
+            model: the trained model.
+            data: training data.
+            each_loss: per-sample losses [B] of a batch.
+            **more: keyword arguments of `Problem` (test=, recipe=, …); every other callable is a
+                capability by its name, e.g. `logits=`, `features=`.
+
+        Returns:
+            The problem.
+        """
+        known = inspect.signature(Problem.__init__).parameters
+        problem = cls(model, data, **{k: v for k, v in more.items() if k in known})
+        problem._extra = {"each_loss": each_loss} | {
+            k: v for k, v in more.items() if k not in known
+        }
+        return problem
+
+    def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Per-sample training loss [B]; the one mandatory function.
+
+        Raises:
+            NeedsError: neither a subclass nor `Problem.of` gave one.
+        """
+        if "each_loss" in self._extra:
+            return self._extra["each_loss"](model, batch)
+        raise NeedsError("this problem has no each_loss; use Problem.of(model, data, each_loss=…)")
+
+    def can(self, capability: str) -> bool:
+        """Whether a capability is offered."""
+        return capability in self._extra or callable(getattr(self, capability, None))
+
+    def capability(self, name: str) -> Callable[..., Any]:
+        """Return the function behind a capability.
+
+        Raises:
+            NeedsError: it is not offered.
+        """
+        if name in self._extra:
+            return self._extra[name]
+        found = getattr(self, name, None)
+        if not callable(found):
+            raise NeedsError(f"a {self.kind} problem does not offer {name!r}; pass {name}=")
+        return found
+
+    def role(self, name: str) -> list[str]:
+        """Module names that play a role in *this* model.
+
+        Raises:
+            NeedsError: no module plays it.
+        """
+        if name in self._roles:
+            return self._roles[name]
+        if name == "last layer":
+            linear = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+            if linear:
+                return linear[-1:]
+        raise NeedsError(
+            f"no module of this model is known as {name!r}; pass roles={{{name!r}: [...]}}"
+        )
+
+    def check(self) -> None:
+        """Look at one sample before any long work; subclasses add what they know.
+
+        Raises:
+            DataError: the loss is not one finite number a sample.
+        """
+        batch = self.train.fetch(self.train.ids[:2])
+        if batch.y is None:
+            return
+        with torch.no_grad():
+            loss = self.each_loss(self.model, batch)
+        if loss.shape != (len(batch),) or not bool(torch.isfinite(loss).all()):
+            raise DataError(
+                f"each_loss must give one finite number a sample, got shape {tuple(loss.shape)}"
+            )
+
+    def split(self, request: Request) -> dict[str, Tensor]:
+        """Ids of the splits that audits speak of.
+
+        Returns:
+            `forget-train`, `retain-train`, and where there is test data `forget-test` (test samples
+            of the classes asked for; empty unless whole classes are forgotten) and `retain-test`.
+        """
+        forget = request.resolve(self.train)
+        splits = {"forget-train": forget, "retain-train": self.train.without(forget)}
+        if self.test is not None:
+            of_class = torch.empty(0, dtype=torch.long)
+            if request.label is not None:
+                try:
+                    of_class = request.resolve(self.test)
+                except RequestError:  # the class has no test samples, which is fine
+                    pass
+            splits |= {"forget-test": of_class, "retain-test": self.test.without(of_class)}
+        return splits
+
+    def model_hash(self) -> str:
+        """SHA-256 of the original weights."""
+        if "model" not in self._hashes:
+            self._hashes["model"] = hash_model(self.model)
+        return self._hashes["model"]
+
+    def fingerprint(self) -> dict[str, str | None]:
+        """Hashes of the weights and of every data set, for keys and records."""
+        return {
+            "kind": self.kind,
+            "model": self.model_hash(),
+            "train": self.train.fingerprint(),
+            "test": None if self.test is None else self.test.fingerprint(),
+            "valid": None if self.valid is None else self.valid.fingerprint(),
+        }
+
+    def recipe_key(self) -> str:
+        """Content key of the recipe: its own `key()`, or its name and source text.
+
+        Raises:
+            NeedsError: there is no recipe.
+        """
+        if self.recipe is None:
+            raise NeedsError("there is no recipe; pass recipe= to allow retrained references")
+        own = getattr(self.recipe, "key", None)
+        if callable(own):
+            return str(own())
+        try:
+            text = inspect.getsource(self.recipe)
+        except (OSError, TypeError):
+            text = repr(self.recipe)
+        return content_key([getattr(self.recipe, "__qualname__", type(self.recipe).__name__), text])

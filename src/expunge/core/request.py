@@ -1,0 +1,211 @@
+"""Request: an immutable statement of what to forget."""
+
+from __future__ import annotations
+
+import ast
+import datetime as dt
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expunge.core.data import Data
+from expunge.core.errors import RequestError
+from expunge.core.hashing import content_key, plain
+
+_FORMS = ("ids", "label", "where", "fraction", "texts", "concept", "user", "item", "nodes", "edges")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to forget, why, and since when; exactly one form is set.
+
+    `ids`: stable ids or outside names. `label`: one class or several. `where`: an expression over
+    the data's columns, e.g. `"label == 3 and id < 100"`. `fraction`: a share of random samples
+    drawn with `seed`. `texts`, `concept`, `user`, `item`, `nodes`, `edges` are for kinds of
+    problem whose data knows them.
+    """
+
+    ids: tuple[int | str, ...] | None = None
+    label: tuple[int, ...] | None = None
+    where: str | None = None
+    fraction: float | None = None
+    texts: tuple[str, ...] | None = None
+    concept: str | None = None
+    user: tuple[int | str, ...] | None = None
+    item: tuple[int | str, ...] | None = None
+    nodes: tuple[int, ...] | None = None
+    edges: tuple[tuple[int, int], ...] | None = None
+    seed: int = 0
+    reason: str = ""
+    time: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        """Normalise scalars to tuples and insist on exactly one form."""
+        for name in ("ids", "label", "texts", "user", "item", "nodes", "edges"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _tuple(value))
+        given = [name for name in _FORMS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise RequestError(
+                f"a request takes exactly one of {', '.join(_FORMS)}; "
+                f"{'none was' if not given else ' and '.join(given) + ' were'} given"
+            )
+        if self.fraction is not None and not 0 < self.fraction < 1:
+            raise RequestError(f"fraction must lie between 0 and 1, not {self.fraction}")
+
+    @property
+    def form(self) -> str:
+        """The name of the form that is set, e.g. `label`."""
+        return next(name for name in _FORMS if getattr(self, name) is not None)
+
+    def resolve(self, data: Data) -> Tensor:
+        """Return the sorted stable ids this request covers.
+
+        Raises:
+            RequestError: nothing is covered, everything is, or the data lacks what is named.
+        """
+        ids = self._select(data)
+        if not len(ids):
+            raise RequestError(f"the request ({self}) covers no sample of the data")
+        if len(ids) == len(data):
+            raise RequestError(
+                f"the request ({self}) covers all {len(data)} samples; nothing would be left to keep"
+            )
+        return ids.sort().values
+
+    def _select(self, data: Data) -> Tensor:
+        if self.ids is not None:
+            return data.ids_of(self.ids)
+        if self.label is not None:
+            if data.labels is None:
+                raise RequestError("the request names a label, but the data has no labels")
+            return data.ids[torch.isin(data.labels, torch.tensor(self.label))]
+        if self.where is not None:
+            return data.ids[torch.from_numpy(_evaluate(self.where, data.table()))]
+        if self.fraction is not None:
+            count = round(self.fraction * len(data))
+            generator = torch.Generator().manual_seed(self.seed)
+            return data.ids[torch.randperm(len(data), generator=generator)[:count]]
+        raise RequestError(f"this kind of data cannot be selected by {self.form}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return only what is set, as JSON types."""
+        shown = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+        keep_seed = self.fraction is not None
+        return {
+            k: v for k, v in shown.items() if v not in (None, "") and (k != "seed" or keep_seed)
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Request:
+        """Rebuild a request from `to_dict`.
+
+        Raises:
+            RequestError: a key is unknown.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise RequestError(f"a request has no {', '.join(unknown)}; it has {', '.join(_FORMS)}")
+        return cls(**dict(values))
+
+    @property
+    def key(self) -> str:
+        """Content key of what is asked; reason and time do not count."""
+        return content_key({k: v for k, v in self.to_dict().items() if k not in ("reason", "time")})
+
+    def __str__(self) -> str:
+        """Say the request in a few words."""
+        value = getattr(self, self.form)
+        if self.form == "label":
+            return f"label {', '.join(map(str, value))}"
+        if self.form == "fraction":
+            return f"{value:.0%} random samples, seed {self.seed}"
+        if isinstance(value, tuple):
+            return f"{len(value)} {self.form}"
+        return f"{self.form} {value}"
+
+
+def forget(**form: Any) -> Request:
+    """State what to forget, stamped with the present time (UTC).
+
+    Args:
+        **form: one of `ids=`, `label=`, `where=`, `fraction=` (with `seed=`), …, and `reason=`.
+
+    Returns:
+        The request.
+    """
+    now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    return Request.from_dict({"time": now, **form})
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, (str, int, np.integer)):
+        return (value,)
+    if isinstance(value, (Tensor, np.ndarray)):
+        value = value.tolist()
+    if not isinstance(value, Sequence):
+        value = list(value)
+    return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+
+
+_COMPARE: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: np.isin(a, b),
+    ast.NotIn: lambda a, b: ~np.isin(a, b),
+}
+
+
+def _evaluate(expression: str, table: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Evaluate comparisons joined by and/or/not over columns; nothing else is understood."""
+    size = len(table["id"])
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, (ast.List, ast.Tuple)):
+            return [value(e) for e in node.elts]
+        if isinstance(node, ast.Name):
+            if node.id not in table:
+                raise RequestError(f"no column {node.id!r}; there are {', '.join(sorted(table))}")
+            return table[node.id]
+        raise RequestError(f"where={expression!r}: {ast.unparse(node)!r} is not understood here")
+
+    def truth(node: ast.expr) -> np.ndarray:
+        if isinstance(node, ast.BoolOp):
+            join = np.logical_and if isinstance(node.op, ast.And) else np.logical_or
+            return np.asarray(join.reduce([truth(v) for v in node.values]))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return ~truth(node.operand)
+        if isinstance(node, ast.Compare):
+            result = np.ones(size, dtype=bool)
+            left = value(node.left)
+            for op, other in zip(node.ops, node.comparators, strict=True):
+                right = value(other)
+                if type(op) not in _COMPARE:
+                    raise RequestError(f"where={expression!r}: use ==, !=, <, <=, >, >=, in")
+                result &= np.broadcast_to(np.asarray(_COMPARE[type(op)](left, right), bool), size)
+                left = right
+            return result
+        raise RequestError(
+            f"where={expression!r} is not a condition; compare a column with a value"
+        )
+
+    try:
+        tree = ast.parse(expression, mode="eval")
+    except SyntaxError as error:
+        raise RequestError(f"where={expression!r} cannot be read: {error.msg}") from error
+    return truth(tree.body)

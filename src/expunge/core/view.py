@@ -1,0 +1,168 @@
+"""View: what one method may see of a problem for one request.
+
+Built from the method's declared needs. Data and labels that were not declared are not there;
+every sample read is counted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.data import Batch, Data
+from expunge.core.errors import AccessError
+from expunge.core.needs import Needs
+from expunge.core.problem import Problem
+from expunge.core.request import Request
+from expunge.core.runtime import Runtime
+
+
+class Source:
+    """One side of the data (forget, retain, validation) as a method sees it."""
+
+    def __init__(self, data: Data, ids: Tensor, labelled: bool, runtime: Runtime) -> None:
+        """Restrict `data` to `ids`; withhold labels unless `labelled`."""
+        self.ids = ids
+        self.labelled = labelled
+        self._data = data
+        self._runtime = runtime
+
+    def __len__(self) -> int:
+        """Return the number of samples on this side."""
+        return len(self.ids)
+
+    def batches(self, size: int, shuffle: torch.Generator | None = None) -> Iterator[Batch]:
+        """Yield one pass in batches of `size`, shuffled if a generator is given.
+
+        With several processes each gets its share of every batch; `Batch.mean` and
+        `Runtime.sum` put the shares together again.
+        """
+        ids = (
+            self.ids
+            if shuffle is None
+            else self.ids[torch.randperm(len(self.ids), generator=shuffle)]
+        )
+        for chunk in ids.split(size):
+            yield self.fetch(chunk)
+
+    def fetch(self, ids: Tensor) -> Batch:
+        """Read some samples of this side.
+
+        Raises:
+            AccessError: an id belongs to another side.
+        """
+        if not bool(torch.isin(ids, self.ids).all()):
+            raise AccessError("a method asked for samples that are not on this side of the data")
+        share = self._runtime.share(ids)
+        batch = self._data.fetch(share)
+        self._runtime.cost.samples += len(share)
+        batch = replace(batch, total=len(ids), processes=self._runtime.processes)
+        return (batch if self.labelled else replace(batch, y=None)).to(self._runtime.device)
+
+    def labels(self) -> Tensor:
+        """Labels [len(self)] in the order of `ids`.
+
+        Raises:
+            AccessError: they were not declared.
+        """
+        if not self.labelled:
+            raise AccessError("a method read labels that it did not declare in its needs")
+        return self._data.labels_of(self.ids)
+
+
+class View:
+    """A problem seen through one method's needs, for one request."""
+
+    def __init__(self, problem: Problem, request: Request, needs: Needs, runtime: Runtime) -> None:
+        """Resolve the request and keep what the needs allow."""
+        self._problem = problem
+        self._runtime = runtime
+        self.needs = needs
+        self.request = request
+        self._forget_ids = request.resolve(problem.train)
+        self.forget_count = len(self._forget_ids)
+        self.total_count = len(problem.train)
+
+    @property
+    def forget(self) -> Source:
+        """The samples to forget."""
+        self._declared(self.needs.forget, "forget data")
+        return self._side(self._problem.train, self._forget_ids, "forget")
+
+    @property
+    def retain(self) -> Source:
+        """The samples to keep."""
+        self._declared(self.needs.retain, "retain data")
+        return self._side(
+            self._problem.train, self._problem.train.without(self._forget_ids), "retain"
+        )
+
+    @property
+    def everything(self) -> Source:
+        """Forget and retain samples together, in id order."""
+        self._declared(self.needs.forget and self.needs.retain, "all training data")
+        labelled = self.needs.labels == "all"
+        return Source(
+            self._problem.train, self._problem.train.ids.sort().values, labelled, self._runtime
+        )
+
+    @property
+    def validation(self) -> Source:
+        """Validation samples."""
+        self._declared(self.needs.validation, "validation data")
+        if self._problem.valid is None:
+            raise AccessError("this problem has no validation data")
+        return self._side(self._problem.valid, self._problem.valid.ids, "validation")
+
+    def model(self) -> nn.Module:
+        """Return a fresh copy of the original model to edit."""
+        return copy.deepcopy(self._problem.model).to(self._runtime.device)
+
+    def original(self) -> nn.Module:
+        """Return a frozen copy of the original in eval mode, e.g. as a teacher."""
+        self._declared(self.needs.original, "the original model beside its own")
+        return self.model().eval().requires_grad_(False)
+
+    def retrain(self, seed: int) -> nn.Module:
+        """Run the recipe without the forget samples."""
+        self._declared(self.needs.recipe, "the recipe")
+        assert self._problem.recipe is not None  # needs.check saw to it
+        return self._problem.recipe(self._problem.train.without(self._forget_ids), seed)
+
+    def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Per-sample training loss [B] of a batch that carries labels.
+
+        Raises:
+            AccessError: the labels were withheld.
+        """
+        if batch.y is None:
+            raise AccessError(
+                "a method used the labelled loss on samples whose labels it did not declare"
+            )
+        return self._problem.each_loss(model, batch)
+
+    def capability(self, name: str) -> Callable[..., Any]:
+        """Return a declared capability of the problem, e.g. `logits`."""
+        self._declared(name in self.needs.capabilities, f"capability {name!r}")
+        return self._problem.capability(name)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits [B, C], if declared."""
+        return self.capability("logits")(model, batch)
+
+    def role(self, name: str) -> list[str]:
+        """Names of the modules that play a role in this model."""
+        return self._problem.role(name)
+
+    def _side(self, data: Data, ids: Tensor, side: str) -> Source:
+        return Source(data, ids, self.needs.labels_of(side), self._runtime)
+
+    @staticmethod
+    def _declared(allowed: bool, what: str) -> None:
+        if not allowed:
+            raise AccessError(f"a method used {what} without declaring it in its needs")

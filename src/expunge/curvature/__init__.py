@@ -1,0 +1,1 @@
+"""Gradient statistics and their dense oracle."""

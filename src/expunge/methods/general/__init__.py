@@ -1,0 +1,1 @@
+"""Methods for any differentiable model whose needs are met."""

@@ -1,0 +1,89 @@
+"""Classification: any `nn.Module` that maps inputs to logits, or a transformers image classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from expunge.core.data import Batch
+from expunge.core.errors import DataError, ModelError
+from expunge.core.problem import Problem
+from expunge.problems.taps import leaf_layers, read_taps
+
+
+class Classification(Problem):
+    r"""A classifier with the loss \(-\log p_y(x)\).
+
+    `model(x)` must return logits [B, C] or an object with `.logits`; inputs that are a mapping are
+    passed as keyword arguments, as transformers models expect.
+    """
+
+    kind: ClassVar[str] = "classification"
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits [B, C]."""
+        output = model(batch.x) if isinstance(batch.x, Tensor) else model(**batch.x)
+        return getattr(output, "logits", output)
+
+    def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy [B] of each sample, in nats."""
+        assert batch.y is not None
+        return cross_entropy(self.logits(model, batch), batch.y, reduction="none")
+
+    def features(self, model: nn.Module, batch: Batch, layers: list[str]) -> dict[str, Tensor]:
+        """Outputs of named layers, flattened to [B, d]."""
+        return read_taps(model, layers, lambda m: self.logits(m, batch))
+
+    def layers(self) -> list[str]:
+        """Names of the layers that `features` is usually asked for, input to output."""
+        return leaf_layers(self.model)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes C of the model's output, found by one forward pass."""
+        if not hasattr(self, "_classes"):
+            self._classes = int(self._first_logits().shape[1])
+        return self._classes
+
+    def check(self) -> None:
+        """Compare the model's classes with the data's labels, before any long work.
+
+        Raises:
+            ModelError: the model does not take these inputs, or has fewer classes than the data.
+            DataError: labels are not class numbers.
+        """
+        first = self._first_logits()
+        if first.ndim != 2:
+            raise ModelError(
+                f"a classifier gives logits [B, C]; this model gave shape {tuple(first.shape)}"
+            )
+        if not bool(torch.isfinite(first).all()):
+            raise ModelError("the model gives NaN or infinite logits on its training data")
+        self._classes = int(first.shape[1])
+        for split in (self.train, self.test, self.valid):
+            labels = None if split is None else split.labels
+            if labels is None:
+                continue
+            if labels.is_floating_point() or labels.ndim != 1 or int(labels.min()) < 0:
+                raise DataError("labels must be class numbers 0, 1, …, one a sample")
+            if int(labels.max()) >= self._classes:
+                raise ModelError(
+                    f"the model has {self._classes} classes but the data has label {int(labels.max())}"
+                )
+
+    def _first_logits(self) -> Tensor:
+        batch = self.train.fetch(self.train.ids[:2])
+        parameter = next(self.model.parameters(), None)
+        compute: Callable[..., Any] = self.logits
+        try:
+            with torch.no_grad():
+                return compute(
+                    self.model, batch if parameter is None else batch.to(parameter.device)
+                )
+        except (RuntimeError, TypeError, ValueError) as error:
+            line = str(error).splitlines()[0]
+            raise ModelError(f"the model does not take this data: {line}") from error

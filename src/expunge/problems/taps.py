@@ -1,0 +1,71 @@
+"""Taps: outputs of named layers, read through hooks that are always removed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.errors import ModelError
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.MultiheadAttention)
+
+
+def leaf_layers(model: nn.Module) -> list[str]:
+    """Names of the linear, convolution and layer-norm modules in order of definition."""
+    return [name for name, module in model.named_modules() if isinstance(module, _LAYERS)]
+
+
+def read_taps(
+    model: nn.Module, layers: list[str], forward: Callable[[nn.Module], Any]
+) -> dict[str, Tensor]:
+    """Run `forward(model)` and collect the outputs of named layers.
+
+    Args:
+        model: the model.
+        layers: module names as in `named_modules`.
+        forward: runs the model once.
+
+    Returns:
+        One tensor [B, d] a layer, flattened beyond the batch dimension.
+
+    Raises:
+        ModelError: a layer does not exist.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, Tensor] = {}
+    handles = []
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            found[name] = tensor.flatten(1)
+
+        return hook
+
+    try:
+        for name in layers:
+            if name not in modules:
+                raise ModelError(f"the model has no layer {name!r}")
+            handles.append(modules[name].register_forward_hook(keep(name)))
+        forward(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def penultimate(model: nn.Module, last: str, forward: Callable[[nn.Module], Any]) -> Tensor:
+    """Return the input [B, d] of the last layer `last` in one forward pass."""
+    module = dict(model.named_modules())[last]
+    found: list[Tensor] = []
+    handle = module.register_forward_pre_hook(
+        lambda _m, inputs: found.append(torch.flatten(inputs[0], 1))
+    )
+    try:
+        forward(model)
+    finally:
+        handle.remove()
+    return found[0]

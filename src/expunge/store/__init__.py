@@ -1,0 +1,1 @@
+"""Append-only evidence: one SQLite file and content-addressed blobs."""

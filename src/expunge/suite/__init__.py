@@ -1,0 +1,1 @@
+"""Problems × requests × methods × audits × seeds as content-keyed jobs."""

@@ -57,6 +57,17 @@ class Batch:
         """Return the batch with other labels `y` [B]."""
         return replace(self, y=y)
 
+    def joined(self, other: Batch) -> Batch:
+        """Return both batches as one; labels stay only if both have them."""
+        x = (
+            torch.cat([self.x, other.x])
+            if isinstance(self.x, Tensor)
+            else {k: torch.cat([v, other.x[k]]) for k, v in self.x.items()}
+        )
+        y = None if self.y is None or other.y is None else torch.cat([self.y, other.y])
+        ids = torch.cat([self.ids, other.ids])
+        return replace(self, x=x, y=y, ids=ids, total=self.total + other.total)
+
     def mean(self, each: Tensor) -> Tensor:
         """Mean of per-sample values over the *whole* batch, whatever share this process holds.
 

@@ -132,7 +132,12 @@ class View:
         """Run the recipe without the forget samples."""
         self._declared(self.needs.recipe, "the recipe")
         assert self._problem.recipe is not None  # needs.check saw to it
-        return self._problem.recipe(self._problem.train.without(self._forget_ids), seed)
+        keep = self._problem.train.without(self._forget_ids)
+        # A recipe runs its own loop; one that knows its length lets the cost be counted.
+        epochs = int(getattr(self._problem.recipe, "epochs", 0))
+        self._runtime.cost.samples += epochs * len(keep)
+        self._runtime.cost.gradients += epochs * len(keep)
+        return self._problem.recipe(keep, seed)
 
     def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Per-sample training loss [B] of a batch that carries labels.
@@ -158,6 +163,11 @@ class View:
     def role(self, name: str) -> list[str]:
         """Names of the modules that play a role in this model."""
         return self._problem.role(name)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the model's output, if the problem is one of classes."""
+        return int(self._problem.classes)  # type: ignore[attr-defined]
 
     def _side(self, data: Data, ids: Tensor, side: str) -> Source:
         return Source(data, ids, self.needs.labels_of(side), self._runtime)

@@ -1,1 +1,15 @@
-"""Small real problems with their recipes."""
+"""Small real problems with their recipes. `workloads.registry.get("mnist-class").problem()`."""
+
+from __future__ import annotations
+
+from expunge.core.registry import Registry
+
+registry = Registry(
+    "workload",
+    {
+        "digits-class": "expunge.workloads.digits:digits_class",
+        "mnist-class": "expunge.workloads.mnist:mnist_class",
+        "mnist-random": "expunge.workloads.mnist:mnist_random",
+    },
+    group="expunge.workloads",
+)

@@ -1,0 +1,119 @@
+"""The `train=` choice: which coordinates may move, as hard masks.
+
+A mask is a dict from parameter name to a bool tensor of its shape, True where training may change
+the value. `fit` enforces it after `optimizer.step()`, so weight decay and momentum cannot leak
+into frozen coordinates: they stay identical to the bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.errors import SettingError
+from expunge.core.runtime import Runtime
+from expunge.core.view import View
+
+Mask = Mapping[str, Tensor]
+CHOICES = "full, last(K), role(NAME) or saliency(Q)"
+
+
+def resolve_mask(spec: str, model: nn.Module, view: View, runtime: Runtime) -> Mask | None:
+    """Turn a `train=` setting into a mask for this model; None lets everything move.
+
+    Args:
+        spec: `full`; `last(K)`: the last K linear or convolution layers; `role(NAME)`: the modules
+            that play a role; `saliency(Q)`: the share Q of coordinates most salient for the forget
+            set.
+        model: the model to train.
+        view: for roles and saliency.
+        runtime: counts the gradients that saliency takes.
+
+    Returns:
+        The mask, or None.
+
+    Raises:
+        SettingError: the setting is none of these.
+    """
+    kind, argument = parse(spec)
+    if kind == "full":
+        return None
+    if kind == "last":
+        layers = [n for n, m in model.named_modules() if isinstance(m, _WEIGHTED)]
+        return only(model, layers[-int(argument) :])
+    if kind == "role":
+        return only(model, view.role(argument))
+    return saliency(model, view, runtime, share=float(argument))
+
+
+def parse(spec: str) -> tuple[str, str]:
+    """Split `name(argument)` and check both.
+
+    Raises:
+        SettingError: it is none of the choices, or the argument is out of range.
+    """
+    match = re.fullmatch(r"(full|last|role|saliency)(?:\((.+)\))?", spec.strip())
+    if match is None or (match[1] == "full") != (match[2] is None):
+        raise SettingError(f"train={spec!r} is not a choice; use {CHOICES}")
+    kind, argument = match[1], match[2] or ""
+    try:
+        bad = (kind == "last" and int(argument) < 1) or (
+            kind == "saliency" and not 0 < float(argument) <= 1
+        )
+    except ValueError:
+        bad = True
+    if bad:
+        raise SettingError(f"train={spec!r}: K is a count from 1, Q a share above 0 and at most 1")
+    return kind, argument
+
+
+_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def only(model: nn.Module, modules: list[str]) -> Mask:
+    """Let only the parameters of the named modules move."""
+    return {
+        name: torch.full_like(
+            p, any(name == m or name.startswith(m + ".") for m in modules), dtype=torch.bool
+        )
+        for name, p in model.named_parameters()
+    }
+
+
+def saliency(
+    model: nn.Module, view: View, runtime: Runtime, *, share: float, batch_size: int = 128
+) -> Mask:
+    r"""The coordinates most salient for the forget set (Fan et al. 2024, SalUn).
+
+    \(G = |\sum_b \nabla_\theta \mathrm{mean}_b L|\) over batches of the forget set in eval mode at
+    the given weights; the mask holds the share of largest \(G\) over all parameters together,
+    exactly `floor(share · P)` of them (ties broken by position).
+
+    Args:
+        model: the model at \(\theta_0\); left as it was.
+        view: gives the forget set with labels.
+        runtime: counts gradient evaluations.
+        share: \(0 < q \le 1\).
+        batch_size: the sum of batch means depends on it.
+
+    Returns:
+        The mask.
+    """
+    model.eval()
+    total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for batch in view.forget.batches(batch_size):
+        loss = batch.mean(view.each_loss(model, batch))
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        for sink, gradient in zip(total.values(), gradients, strict=True):
+            if gradient is not None:
+                sink += gradient / batch.processes
+        runtime.cost.gradients += len(batch)
+    flat = torch.cat([runtime.sum(t).abs().reshape(-1) for t in total.values()])
+    count = int(share * len(flat))
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen[flat.argsort(descending=True, stable=True)[:count]] = True
+    parts = chosen.split([t.numel() for t in total.values()])
+    return {n: part.view_as(t) for (n, t), part in zip(total.items(), parts, strict=True)}

@@ -1,0 +1,87 @@
+"""What training methods share: the settings of the loop, and the way from passes to an outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from expunge.core.method import Method
+from expunge.core.outcome import Outcome
+from expunge.core.runtime import Runtime
+from expunge.core.settings import setting
+from expunge.core.view import View
+from expunge.train.fit import Fit, Pass, fit
+from expunge.train.masks import parse, resolve_mask
+from expunge.train.norm import NormMode, recalibrate
+from expunge.train.steps import StepName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Method):
+    """Base of methods that train: a method redeclares the defaults its paper gives."""
+
+    epochs: int = setting(5, "passes over the data, E", low=1)
+    lr: float = setting(0.01, "learning rate, η", above=0)
+    batch_size: int = setting(128, "samples a batch, over all processes", low=1)
+    step: StepName = setting("sgd", "optimiser: sgd, adam or adamw")
+    momentum: float = setting(0.9, "momentum of sgd", low=0, high=1)
+    weight_decay: float = setting(0.0, "L2 coefficient", low=0)
+    train: str = setting("full", "weights that move: full, last(K), role(NAME), saliency(Q)")
+    norm: NormMode = setting("train", "running statistics: train, frozen or recalibrate")
+
+    def __post_init__(self) -> None:
+        """Check the settings, `train` included."""
+        super().__post_init__()
+        parse(self.train)
+
+    def train_model(
+        self,
+        model: nn.Module,
+        passes: Callable[[int], Pass],
+        view: View,
+        runtime: Runtime,
+        **options: Any,
+    ) -> tuple[Outcome, Fit]:
+        """Run `fit` with these settings and wrap what comes out.
+
+        Args:
+            model: a copy of the original from `view.model()`.
+            passes: see `fit`.
+            view: for masks and recalibration.
+            runtime: see `fit`.
+            **options: further arguments of `fit`, such as `schedule` or `stop`.
+
+        Returns:
+            The outcome and the fit it came from.
+        """
+        mask = resolve_mask(self.train, model, view, runtime)
+        result = fit(
+            model,
+            passes,
+            runtime=runtime,
+            epochs=self.epochs,
+            lr=self.lr,
+            step=self.step,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            mask=mask,
+            norm=self.norm,
+            stage=self.name,
+            **options,
+        )
+        if self.norm == "recalibrate":
+            recalibrate(model, view.retain)
+        details: dict[str, Any] = {"steps": result.steps}
+        if result.stopped:
+            details["stopped"] = result.stopped
+        if mask is not None:
+            moving = sum(int(m.sum()) for m in mask.values())
+            details["trained_share"] = moving / sum(m.numel() for m in mask.values())
+        return Outcome(model, curve=result.curve, details=details), result
+
+    def reads_forget_labels(self) -> bool:
+        """Whether the `train` choice alone reads forget data with labels (saliency does)."""
+        return self.train.startswith("saliency")

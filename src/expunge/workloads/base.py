@@ -1,0 +1,129 @@
+"""Workload: a small real problem with its recipe, its usual request and settings tuned for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from expunge.core.data import Data
+from expunge.core.outcome import REBUILDERS
+from expunge.core.request import Request
+from expunge.core.runtime import Runtime
+from expunge.problems.classification import Classification
+from expunge.train.recipe import ClassifierRecipe
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, test and (where there is some) validation data."""
+
+    train: Data
+    test: Data
+    valid: Data | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A bundled problem.
+
+    Attributes:
+        name: kebab-case name.
+        title: one line for listings.
+        data: reads the data.
+        recipe: makes the recipe from the training data.
+        request: what is usually asked to be forgotten.
+        tuned: settings per method, found on `tuning`, never on `request`.
+        tuning: how and on which other request they were found.
+        package: what has to be installed, as a pip requirement.
+    """
+
+    name: str
+    title: str
+    data: Callable[[], Splits]
+    recipe: Callable[[Data], ClassifierRecipe]
+    request: Request
+    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tuning: str = ""
+    package: str = "expunge"
+
+    def problem(
+        self,
+        seed: int = 0,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        runtime: Runtime | None = None,
+    ) -> Classification:
+        """Build the problem with its original model.
+
+        Args:
+            seed: seed of the original's training.
+            weights: the original's weights, if they were trained before; else it is trained now.
+            runtime: device and progress of that training.
+
+        Returns:
+            The problem.
+        """
+        splits = self.data()
+        recipe = self.recipe(splits.train)
+        model: nn.Module
+        if weights is None:
+            model = recipe(splits.train.ids, seed, runtime)
+        else:
+            model = recipe.build()
+            model.load_state_dict(dict(weights))
+        return Classification(
+            model,
+            splits.train,
+            splits.test,
+            valid=splits.valid,
+            recipe=recipe,
+            name=self.name,
+            source={"kind": "workload", "workload": self.name, "seed": seed},
+            tuned=self.tuned,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What listings show."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "request": self.request.to_dict(),
+            "package": self.package,
+            "tuned": {k: dict(v) for k, v in self.tuned.items()},
+            "tuning": self.tuning,
+        }
+
+
+def stratified(labels: np.ndarray, parts: tuple[int, ...], seed: int) -> list[np.ndarray]:
+    """Split positions into parts of the given sizes with the same class shares.
+
+    Args:
+        labels: class of each sample [N].
+        parts: sizes; they must add up to N.
+        seed: of the shuffle.
+
+    Returns:
+        Sorted positions of each part.
+    """
+    from sklearn.model_selection import train_test_split
+
+    rest, result = np.arange(len(labels)), []
+    for size in parts[:-1]:
+        taken, rest = train_test_split(
+            rest, train_size=size, stratify=labels[rest], random_state=seed
+        )
+        result.append(np.sort(taken))
+    return [*result, np.sort(rest)]
+
+
+def _original(source: Mapping[str, Any]) -> nn.Module:
+    from expunge.workloads import registry
+
+    return registry.get(source["workload"]).problem(int(source["seed"])).model
+
+
+REBUILDERS["workload"] = _original

@@ -1,0 +1,39 @@
+"""The digits workload: scikit-learn's 1,797 8×8 digits and a small perceptron; for tests."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from expunge.core.data import Data
+from expunge.core.request import Request
+from expunge.train.recipe import ClassifierRecipe
+from expunge.workloads.base import Splits, Workload, stratified
+from expunge.workloads.nets import digits_mlp
+
+
+@functools.cache
+def splits() -> Splits:
+    """1,200 training, 197 validation and 400 test digits, stratified by class."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(images / 16.0).float()
+    y = torch.from_numpy(labels).long()
+    train, valid, test = (torch.from_numpy(p) for p in stratified(labels, (1200, 197, 400), seed=0))
+    return Splits(*(Data((x[p], y[p]), ids=p) for p in (train, test, valid)))
+
+
+def recipe(train: Data) -> ClassifierRecipe:
+    """SGD with momentum, half a cosine; about a second."""
+    return ClassifierRecipe(digits_mlp, train, epochs=20, lr=0.1, batch_size=64, weight_decay=1e-4)
+
+
+digits_class = Workload(
+    name="digits-class",
+    title="forget one digit of 1,797 8×8 images (perceptron); seconds",
+    data=splits,
+    recipe=recipe,
+    request=Request(label=(3,)),
+)

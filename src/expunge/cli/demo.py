@@ -1,0 +1,68 @@
+"""`expunge demo`: the main job on bundled real data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from expunge.cli.common import Json, Threads, print_json
+from expunge.cli.common import runtime as make_runtime
+
+if TYPE_CHECKING:
+    from expunge.suite.compare import Comparison
+
+METHODS = ("finetune", "gradient-ascent", "neggrad-plus", "random-label", "salun", "scrub", "ssd")
+
+
+def demo(
+    out: Annotated[
+        str, typer.Option("--out", help="Folder for report, records and store.")
+    ] = "demo",
+    label: Annotated[int, typer.Option("--label", help="Which digit to forget.", min=0, max=9)] = 3,
+    random: Annotated[bool, typer.Option(help="Also forget 10 % random samples.")] = True,
+    references: Annotated[int, typer.Option(help="Retrained models to compare with.", min=1)] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="8×8 digits instead; seconds.")] = False,
+    threads: Threads = 2,
+    as_json: Json = False,
+) -> None:
+    """Train a classifier, let several methods forget a class and random samples, audit, report."""
+    from expunge.core.request import forget
+    from expunge.store import Store
+    from expunge.suite.bench import Bench
+    from expunge.suite.compare import compare, join
+    from expunge.workloads import registry
+
+    folder = Path(out)
+    cases = [("digits-class" if quick else "mnist-class", forget(label=label))]
+    if random and not quick:
+        cases.append(("mnist-random", registry.get("mnist-random").request))
+    with make_runtime(threads=threads) as runtime:
+        bench = Bench(Store.open(folder / "store"), runtime)
+        found = []
+        with runtime.task("demo", len(cases)) as task:
+            for name, request in cases:
+                problem = bench.workload(name)
+                found.append(compare(problem, request, METHODS, references=references, bench=bench))
+                task.advance()
+    show_comparison(join(found, f"expunge demo --label {label}"), folder, as_json)
+
+
+def show_comparison(comparison: Comparison, folder: Path, as_json: bool) -> None:
+    """Write the report and print tables with the verdict in words, or the JSON document."""
+    path = comparison.report(folder)
+    if as_json:
+        print_json(comparison.data)
+        return
+    from rich.console import Console
+
+    from expunge.report import summary, terminal_table
+
+    console = Console()
+    for one in comparison.data["comparisons"]:
+        console.print(terminal_table(one))
+        for sentence in summary(one):
+            console.print(f"  {sentence}", highlight=False)
+        console.print()
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,273 @@
+"""`expunge unlearn`, `audit`, `compare`, `reproduce`: the five lines, from a shell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from expunge.cli.common import (
+    DataPath,
+    Device,
+    ForgetFile,
+    Fraction,
+    Ids,
+    Json,
+    Labels,
+    Model,
+    RecipePath,
+    Seed,
+    Settings,
+    StoreOption,
+    TestPath,
+    Threads,
+    Where,
+    Workload,
+    is_main,
+    method_specs,
+    print_json,
+    print_table,
+    problem_from,
+    request_from,
+    settings_from,
+)
+from expunge.cli.common import runtime as make_runtime
+
+if TYPE_CHECKING:
+    from expunge.core.audit import Finding
+    from expunge.core.outcome import Outcome
+
+MethodName = Annotated[str, typer.Option("--method", help="Method; see expunge methods list.")]
+OutFolder = Annotated[str | None, typer.Option("--out", help="Folder for the result.")]
+References = Annotated[int, typer.Option("--references", help="Retrained models.", min=0)]
+Audits = Annotated[str, typer.Option("--audits", help="standard, quick, or names with commas.")]
+
+
+def unlearn(
+    method: MethodName,
+    workload: Workload = None,
+    model: Model = None,
+    data: DataPath = None,
+    test: TestPath = None,
+    forget: ForgetFile = None,
+    label: Labels = None,
+    ids: Ids = None,
+    where: Where = None,
+    fraction: Fraction = None,
+    settings: Settings = None,
+    out: OutFolder = None,
+    seed: Seed = 0,
+    recipe: RecipePath = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Make a model forget; with --out, write the model that forgot."""
+    from expunge.methods import registry
+    from expunge.store import Store
+    from expunge.suite.bench import Bench
+    from expunge.suite.compare import make_method
+
+    passed = settings_from(settings)
+    registry.get(method).create(passed)  # complain before anything is loaded
+    _free(out)
+    with make_runtime(device, seed, threads) as runtime:
+        bench = Bench(Store.open(store), runtime)
+        request = None if workload else request_from(forget, label, ids, where, fraction, seed=seed)
+        problem = problem_from(bench, workload, model, data, test, recipe)
+        if request is None:
+            usual = _usual_request(workload)
+            request = request_from(forget, label, ids, where, fraction, seed=seed, default=usual)
+        chosen, _ = make_method({"name": method, **passed}, problem)
+        outcome, run = bench.unlearn(problem, request, chosen, seed, passed)
+    if not is_main():
+        return
+    folder = _write(outcome, run, out, model)
+    shown = {
+        "run": run,
+        "out": folder,
+        "method": chosen.name,
+        "forgotten": outcome.record["forgotten"],
+        "weights": outcome.record["weights"],
+        "cost": vars(outcome.cost),
+        "details": outcome.details,
+    }
+    if as_json:
+        print_json(shown)
+        return
+    cost = outcome.cost
+    typer.echo(
+        f"run {run}: {chosen.name} on {outcome.record['forgotten']} samples in {cost.seconds:.1f} s"
+    )
+    typer.echo(
+        f"model: {folder}" if folder else f"kept in the store; audit it with: expunge audit {run}"
+    )
+
+
+def audit(
+    run: Annotated[str, typer.Argument(help="Run id or prefix (of an unlearning run).")],
+    audits: Audits = "standard",
+    references: References = 3,
+    recipe: RecipePath = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Audit a stored run's released weights against retrained references."""
+    from expunge.cli.common import imported
+    from expunge.core.errors import UserError
+    from expunge.core.request import Request
+    from expunge.store import Store
+    from expunge.suite.bench import Bench
+    from expunge.suite.compare import audit as run_audit
+    from expunge.suite.reproduce import problem_of
+
+    opened = Store.open(store)
+    found = opened.get(run)
+    if found.kind != "unlearn":
+        raise UserError(f"run {found.id} is of kind {found.kind}; audit takes an unlearning run")
+    with make_runtime(device, threads=threads) as runtime:
+        bench = Bench(opened, runtime)
+        problem = problem_of(found.record, bench)
+        if recipe:
+            problem.recipe = imported(recipe)
+        request = Request.from_dict(found.record["request"])
+        outcome = bench.stored_outcome(found, problem, request)
+        findings = run_audit(
+            outcome, _audits(audits), references=references, store=opened, runtime=runtime, run=found.id
+        )  # fmt: skip
+    if as_json:
+        print_json({"run": found.id, "findings": {f.name: _shown(f) for f in findings}})
+        return
+    rows = [[f.name, _number(f.value), _number(f.reference), _number(f.gap), _interval(f), f.reason or ""] for f in findings]  # fmt: skip
+    print_table(f"run {found.id}", ["finding", "value", "reference", "gap", "95 %", "reason"], rows)
+
+
+def compare(
+    methods: Annotated[str, typer.Option("--methods", help="Names, separated by commas.")],
+    workload: Workload = None,
+    model: Model = None,
+    data: DataPath = None,
+    test: TestPath = None,
+    forget: ForgetFile = None,
+    label: Labels = None,
+    ids: Ids = None,
+    where: Where = None,
+    fraction: Fraction = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas.")] = "0",
+    references: References = 3,
+    audits: Audits = "standard",
+    out: Annotated[str, typer.Option("--out", help="Folder for the report.")] = "report",
+    recipe: RecipePath = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods on one problem and request, beside retrained references."""
+    from expunge.cli.demo import show_comparison
+    from expunge.core.errors import SettingError
+    from expunge.methods import registry
+    from expunge.store import Store
+    from expunge.suite.bench import Bench
+    from expunge.suite.compare import compare as run_compare
+
+    names = method_specs(methods)
+    for name in names:
+        if name != "original":
+            registry.get(str(name))
+    try:
+        numbers = [int(s) for s in seeds.split(",")]
+    except ValueError as error:
+        raise SettingError(
+            f"--seeds takes whole numbers separated by commas, not {seeds!r}"
+        ) from error
+    with make_runtime(device, threads=threads) as runtime:
+        bench = Bench(Store.open(store), runtime)
+        usual = _usual_request(workload)
+        request = request_from(forget, label, ids, where, fraction, default=usual)
+        problem = problem_from(bench, workload, model, data, test, recipe)
+        found = run_compare(
+            problem, request, names, seeds=numbers, references=references, audits=_audits(audits), bench=bench
+        )  # fmt: skip
+    found.data["command"] = "expunge compare"
+    show_comparison(found, Path(out), as_json)
+
+
+def reproduce(
+    run: Annotated[str, typer.Argument(help="Run id or prefix.")],
+    device: Device = "cpu",
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Run a record again and compare the weights bit by bit; exit 1 if they differ."""
+    from expunge.core.errors import ExpungeError
+    from expunge.store import Store
+    from expunge.suite.reproduce import reproduce as again
+
+    opened = Store.open(store)
+    with make_runtime(device) as runtime:
+        result = again(opened.get(run), opened, runtime)
+    if as_json:
+        print_json(vars(result))
+    else:
+        typer.echo(f"run {result.run}")
+        typer.echo(f"recorded {result.recorded}\nrepeated {result.repeated}")
+        for line in result.differences:
+            typer.echo(f"differs: {line}")
+    if not result.identical:
+        why = "; ".join(result.differences) or "the packages are the same; the processor may not be"
+        raise ExpungeError(f"the weights differ from the record ({why})")
+    if not as_json:
+        typer.echo("identical to the bit")
+
+
+def _usual_request(workload: str | None) -> Any:
+    from expunge.workloads import registry
+
+    return None if workload is None else registry.get(workload).request
+
+
+def _audits(names: str) -> str | list[str]:
+    from expunge.audits import SUITES
+
+    return names if names in SUITES else [n.strip() for n in names.split(",") if n.strip()]
+
+
+def _free(out: str | None) -> None:
+    """Refuse a folder that holds something, before any work."""
+    from expunge.core.errors import UserError
+
+    if (
+        out is not None
+        and Path(out).exists()
+        and (not Path(out).is_dir() or any(Path(out).iterdir()))
+    ):
+        raise UserError(f"{out} is already there; name a new folder")
+
+
+def _write(outcome: Outcome, run: str, out: str | None, model: str | None) -> str | None:
+    if out is None:
+        return None
+    if model is None:
+        return str(outcome.save(out))
+    from expunge.problems.models_on_disk import save_image_classifier
+
+    save_image_classifier(outcome.runnable(), out, model, {**outcome.record, "run": run})
+    return out
+
+
+def _shown(finding: Finding) -> dict[str, Any]:
+    kept = {k: v for k, v in vars(finding).items() if k not in ("name", "per_sample")}
+    return kept | {"gap": finding.gap}
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _interval(finding: Finding) -> str:
+    return "" if finding.low is None else f"{_number(finding.low)} … {_number(finding.high)}"

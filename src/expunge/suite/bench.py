@@ -1,0 +1,183 @@
+"""Bench: the content-keyed steps every comparison is made of.
+
+Original, references, unlearning, audit: each looks its key up in the store first and works only
+if it is not there. Keys hold the hashes of weights and data, so nothing stale is ever reused.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from expunge import __version__
+from expunge.audits.run import audit_list, run_audits
+from expunge.core.audit import Audit, Finding, Subject
+from expunge.core.errors import StoreError
+from expunge.core.hashing import content_key, hash_model, hash_tensors
+from expunge.core.method import Method, package_versions, unlearn
+from expunge.core.outcome import CHANGES, Cost, Outcome
+from expunge.core.problem import Problem
+from expunge.core.request import Request
+from expunge.core.runtime import Runtime
+from expunge.fleet.references import FIRST_SEED, Reference, reference, reference_key
+from expunge.store import Run, Store
+from expunge.workloads import registry as workloads
+
+OnJob = Callable[[str, str, bool, str], None]
+
+
+class Bench:
+    """A store and a runtime, and the steps that read and fill the store."""
+
+    def __init__(self, store: Store, runtime: Runtime, on_job: OnJob | None = None) -> None:
+        """Keep where results go and how work is done.
+
+        Args:
+            store: where finished work is looked up and kept.
+            runtime: device, threads, progress; each step sets its own seed.
+            on_job: called after each step with label, key, whether it was reused, and run id.
+        """
+        self.store = store
+        self.runtime = runtime
+        self._on_job = on_job or (lambda label, key, reused, run: None)
+
+    def workload(self, name: str, seed: int = 0) -> Problem:
+        """Build a bundled problem; its original is trained once and kept."""
+        workload = workloads.get(name)
+        splits = workload.data()
+        recipe = workload.recipe(splits.train)
+        key = content_key(["original", __version__, recipe.key(), seed])
+        found = self.store.find("original", key)
+        if found is not None:
+            problem = workload.problem(seed, weights=self.store.tensors(found))
+            self._on_job(f"{name}: original", key, True, found.id)
+            return problem
+        runtime = replace(self.runtime, seed=seed)
+        with runtime.metered() as cost:
+            problem = workload.problem(seed, runtime=replace(runtime, checkpoint=None))
+        cost.samples = cost.gradients = recipe.epochs * len(splits.train)
+        record = {
+            "problem": name,
+            "source": problem.source,
+            "fingerprint": problem.fingerprint(),
+            "recipe": recipe.settings(),
+            "runtime": runtime.describe(),
+            "packages": package_versions(),
+            "weights": problem.model_hash(),
+            "cost": asdict(cost),
+        }
+        run = self.store.put_run(
+            kind="original", key=key, record=record, tensors=problem.model.state_dict()
+        )
+        self._on_job(f"{name}: original", key, False, run)
+        return problem
+
+    def references(self, problem: Problem, request: Request, count: int) -> Iterator[Reference]:
+        """Yield `count` retrained references one by one; none if the problem has no recipe."""
+        if problem.recipe is None:
+            return
+        for seed in range(FIRST_SEED, FIRST_SEED + count):
+            key = reference_key(problem, request, seed)
+            made = reference(problem, request, seed, self.store, self.runtime)
+            self._on_job(f"{problem.name}: reference {seed}", key, made.reused, made.run)
+            yield made
+
+    def unlearn(
+        self,
+        problem: Problem,
+        request: Request,
+        method: Method,
+        seed: int,
+        passed: Mapping[str, Any] | None = None,
+    ) -> tuple[Outcome, str]:
+        """Unlearn, or take the stored result of the same work; an interrupted run goes on."""
+        key = unlearn_key(problem, request, method, replace(self.runtime, seed=seed))
+        found = self.store.find("unlearn", key)
+        label = f"{problem.name}: {method.name} (seed {seed})"
+        if found is not None:
+            self._on_job(label, key, True, found.id)
+            return self.stored_outcome(found, problem, request), found.id
+        checkpoint = self.store.folder / "checkpoints" / key
+        runtime = replace(self.runtime, seed=seed, checkpoint=checkpoint, cost=Cost())
+        outcome = unlearn(problem, request, method, runtime=runtime, passed=passed)
+        run = self.put_outcome(outcome, key)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        self._on_job(label, key, False, run)
+        return outcome, run
+
+    def put_outcome(self, outcome: Outcome, key: str) -> str:
+        """Keep an outcome's record and change; return its run id."""
+        assert outcome.change is not None
+        record = {
+            **outcome.record,
+            "change": {"kind": outcome.change.kind, "hash": outcome.change.hash()},
+            "cost": asdict(outcome.cost),
+            "curve": outcome.curve,
+            "details": outcome.details,
+        }
+        return self.store.put_run(
+            kind="unlearn", key=key, record=record, tensors=dict(outcome.change.tensors)
+        )
+
+    def stored_outcome(self, run: Run, problem: Problem, request: Request) -> Outcome:
+        """Rebuild an outcome from the store: the stored change on the original.
+
+        Raises:
+            StoreError: the change does not lead to the recorded weights.
+        """
+        record = run.record
+        change = CHANGES[record["change"]["kind"]](self.store.tensors(run))
+        model = change.apply(copy.deepcopy(problem.model)).eval()
+        if hash_model(model) != record["weights"]:
+            raise StoreError(f"run {run.id}: the stored change does not give the recorded weights")
+        return Outcome(
+            model, change, record["curve"], Cost(**record["cost"]), record["details"], record, problem, request
+        )  # fmt: skip
+
+    def audit(
+        self,
+        subject: Subject,
+        run: str,
+        references: Sequence[tuple[Reference, Subject]],
+        audits: str | Sequence[str | Audit],
+    ) -> list[Finding]:
+        """Audit a subject against references, or take the stored findings of the same audit."""
+        chosen = audit_list(audits)
+        key = content_key([
+            "audit",
+            __version__,
+            hash_model(subject.model),
+            subject.problem.fingerprint(),
+            hash_tensors({"ids": subject.splits["forget-train"]}),
+            [[a.name, a.in_force()] for a in chosen],
+            [hash_model(s.model) for _, s in references],
+            # a cost is a fact of the run, not of the weights
+            run,
+        ])
+        found = self.store.find("audit", key)
+        label = f"{subject.problem.name}: audit of {run[-6:]}"
+        if found is not None:
+            self._on_job(label, key, True, found.id)
+            return self.store.findings(found.id)
+        runtime = replace(self.runtime, seed=0)
+        findings = run_audits(subject, [s for _, s in references], chosen, runtime)
+        stored = self.store.put_findings(
+            run, findings, key=key, parents=[r.run for r, _ in references]
+        )
+        self._on_job(label, key, False, stored)
+        return findings
+
+
+def unlearn_key(problem: Problem, request: Request, method: Method, runtime: Runtime) -> str:
+    """Content key of one unlearning: weights, data, forgotten ids, settings in force, runtime."""
+    return content_key([
+        "unlearn",
+        __version__,
+        problem.fingerprint(),
+        hash_tensors({"ids": request.resolve(problem.train)}),
+        [method.name, type(method).__qualname__, method.in_force()],
+        runtime.describe(),
+    ])

@@ -1,0 +1,124 @@
+"""Reproduce: run a record again and compare the weights, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from expunge.core.errors import StoreError
+from expunge.core.hashing import hash_model
+from expunge.core.method import package_versions, unlearn
+from expunge.core.problem import Problem
+from expunge.core.request import Request
+from expunge.core.runtime import Runtime
+from expunge.methods import registry as methods
+from expunge.store import Run, Store
+from expunge.suite.bench import Bench
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What running a record again gave.
+
+    Attributes:
+        run: the run that was repeated.
+        identical: whether the weights are equal in every bit.
+        recorded: hash of the recorded weights.
+        repeated: hash of the weights found now.
+        differences: what differs between the environment then and now.
+    """
+
+    run: str
+    identical: bool
+    recorded: str
+    repeated: str
+    differences: list[str]
+
+
+def problem_of(record: Mapping[str, Any], bench: Bench) -> Problem:
+    """Build the problem of a record again.
+
+    Raises:
+        StoreError: the record does not say how, or the data or weights have changed since.
+    """
+    source = record.get("source") or {}
+    maker = SOURCES.get(str(source.get("kind")))
+    if maker is None:
+        raise StoreError(
+            "this run's problem was made in Python and cannot be rebuilt from its record"
+        )
+    problem = maker(source, bench)
+    now, then = problem.fingerprint(), record["fingerprint"]
+    changed = [name for name in then if then[name] != now.get(name)]
+    if changed:
+        raise StoreError(f"the {' and '.join(changed)} of this run changed since it was recorded")
+    return problem
+
+
+def reproduce(run: Run, store: Store, runtime: Runtime) -> Reproduction:
+    """Run a record again from its settings in force, its seed and its threads.
+
+    Args:
+        run: an original, a reference or an unlearning.
+        store: only read, except for an original that has to be trained again.
+        runtime: device and progress; seed, threads and precision are the record's.
+
+    Returns:
+        Whether the weights came out the same.
+
+    Raises:
+        StoreError: the run holds no weights, or its problem cannot be rebuilt.
+    """
+    record = run.record
+    if run.kind not in ("original", "reference", "unlearn"):
+        raise StoreError(
+            f"run {run.id} is of kind {run.kind}; only runs that make weights can be repeated"
+        )
+    was = record["runtime"]
+    here = replace(runtime, seed=was["seed"], threads=was["threads"], precision=was["precision"])
+    bench = Bench(store, here)
+    problem = problem_of(record, bench)
+    if run.kind == "unlearn":
+        method = methods.get(_method_path(record)).create(record["method"]["in_force"])
+        outcome = unlearn(problem, Request.from_dict(record["request"]), method, runtime=here)
+        repeated = str(outcome.record["weights"])
+    else:
+        if problem.recipe is None:
+            raise StoreError(f"run {run.id} cannot be repeated: its problem has no recipe any more")
+        keep = problem.train.ids
+        if run.kind == "reference":
+            keep = problem.train.without(
+                Request.from_dict(record["request"]).resolve(problem.train)
+            )
+        repeated = hash_model(problem.recipe(keep, was["seed"]))
+    then, now = record["packages"], package_versions()
+    differences = [
+        f"{name} {then.get(name, 'absent')} → {now.get(name, 'absent')}"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
+    recorded = str(record["weights"])
+    return Reproduction(run.id, repeated == recorded, recorded, repeated, differences)
+
+
+def _method_path(record: Mapping[str, Any]) -> str:
+    name = str(record["method"]["name"])
+    return name if name in set(methods) else str(record["method"]["class"])
+
+
+def _from_workload(source: Mapping[str, Any], bench: Bench) -> Problem:
+    return bench.workload(str(source["workload"]), int(source["seed"]))
+
+
+def _from_disk(source: Mapping[str, Any], bench: Bench) -> Problem:
+    from expunge.problems.sources import problem_from_disk
+
+    return problem_from_disk(str(source["model"]), str(source["data"]), test=source.get("test"))
+
+
+SOURCES: dict[str, Callable[[Mapping[str, Any], Bench], Problem]] = {
+    "workload": _from_workload,
+    "disk": _from_disk,
+}
+"""How to build a problem again, by the kind of its source."""

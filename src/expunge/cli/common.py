@@ -191,7 +191,7 @@ def problem_from(
         raise UserError(
             "--model needs --data: the training data, as an image folder, .npz or datasets folder"
         )
-    from expunge.problems.models_on_disk import problem_from_disk
+    from expunge.problems.data_on_disk import problem_from_disk
 
     return problem_from_disk(
         str(model), data, test=test, recipe=imported(recipe) if recipe else None

@@ -238,7 +238,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Outcome:
 
 REBUILDERS = {
     "workload": "expunge.workloads.base:original_of",
-    "disk": "expunge.problems.sources:original_of",
+    "disk": "expunge.problems.models_on_disk:original_of",
 }
 """How to get an original model back from a record's `source`, by its `kind`: `module:function`."""
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from expunge import __version__
-from expunge.audits.run import audit_list, run_audits
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.errors import StoreError
 from expunge.core.hashing import content_key, hash_model, hash_tensors
@@ -43,6 +42,7 @@ class Bench:
         self.store = store
         self.runtime = runtime
         self._on_job = on_job or (lambda label, key, reused, run: None)
+        self._originals: dict[str, str] = {}
 
     def workload(self, name: str, seed: int = 0) -> Problem:
         """Build a bundled problem; its original is trained once and kept."""
@@ -53,27 +53,42 @@ class Bench:
         found = self.store.find("original", key)
         if found is not None:
             problem = workload.problem(seed, weights=self.store.tensors(found))
+            self._originals[problem.model_hash()] = found.id
             self._on_job(f"{name}: original", key, True, found.id)
             return problem
         runtime = replace(self.runtime, seed=seed)
         with runtime.metered() as cost:
             problem = workload.problem(seed, runtime=replace(runtime, checkpoint=None))
         cost.samples = cost.gradients = recipe.epochs * len(splits.train)
+        run = self._put_original(problem, key, recipe.settings(), cost, runtime)
+        self._on_job(f"{name}: original", key, False, run)
+        return problem
+
+    def original(self, problem: Problem) -> str:
+        """Return the run id of a problem's original model, recording it if it is new."""
+        if problem.model_hash() not in self._originals:
+            key = content_key(["given", problem.fingerprint()])
+            self._put_original(problem, key, {}, Cost(), self.runtime)
+        return self._originals[problem.model_hash()]
+
+    def _put_original(
+        self, problem: Problem, key: str, recipe: Mapping[str, Any], cost: Cost, runtime: Runtime
+    ) -> str:
         record = {
-            "problem": name,
+            "problem": problem.name,
             "source": problem.source,
             "fingerprint": problem.fingerprint(),
-            "recipe": recipe.settings(),
+            "recipe": dict(recipe),
             "runtime": runtime.describe(),
             "packages": package_versions(),
             "weights": problem.model_hash(),
             "cost": asdict(cost),
         }
-        run = self.store.put_run(
-            kind="original", key=key, record=record, tensors=problem.model.state_dict()
-        )
-        self._on_job(f"{name}: original", key, False, run)
-        return problem
+        # A model that was given, not trained here, stays where its owner keeps it.
+        tensors = problem.model.state_dict() if recipe else None
+        run = self.store.put_run(kind="original", key=key, record=record, tensors=tensors)
+        self._originals[problem.model_hash()] = run
+        return run
 
     def references(self, problem: Problem, request: Request, count: int) -> Iterator[Reference]:
         """Yield `count` retrained references one by one; none if the problem has no recipe."""
@@ -118,8 +133,13 @@ class Bench:
             "curve": outcome.curve,
             "details": outcome.details,
         }
+        assert outcome.problem is not None
         return self.store.put_run(
-            kind="unlearn", key=key, record=record, tensors=dict(outcome.change.tensors)
+            kind="unlearn",
+            key=key,
+            record=record,
+            tensors=dict(outcome.change.tensors),
+            parents=[self.original(outcome.problem)],
         )
 
     def stored_outcome(self, run: Run, problem: Problem, request: Request) -> Outcome:
@@ -145,6 +165,8 @@ class Bench:
         audits: str | Sequence[str | Audit],
     ) -> list[Finding]:
         """Audit a subject against references, or take the stored findings of the same audit."""
+        from expunge.audits.run import audit_list, run_audits  # scikit-learn is slow to import
+
         chosen = audit_list(audits)
         key = content_key([
             "audit",

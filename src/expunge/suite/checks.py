@@ -63,8 +63,8 @@ def bench_reference() -> torch.nn.Module:
 
 def run(method: Method, problem: Classification | None = None, **runtime: Any) -> Outcome:
     """Run a method on the digits workload with one thread."""
-    options = {"seed": 0, "threads": 1, **runtime}
-    return unlearn(problem or bench_problem(), REQUEST, method, runtime=Runtime(**options))
+    where = Runtime(seed=0, threads=1, **runtime)
+    return unlearn(problem or bench_problem(), REQUEST, method, runtime=where)
 
 
 # ---------------------------------------------------------------- methods
@@ -148,9 +148,8 @@ def reads_only_what_it_declares(method: Method) -> None:
     other._hashes = {}
     other.train = Data((batch.x, garbled), ids=problem.train.ids)
     request = Request(ids=tuple(forget.tolist()))
-    options = {"seed": 0, "threads": 1}
-    true = unlearn(problem, request, method, runtime=Runtime(**options))
-    blind = unlearn(other, request, method, runtime=Runtime(**options))
+    true = unlearn(problem, request, method, runtime=Runtime(seed=0, threads=1))
+    blind = unlearn(other, request, method, runtime=Runtime(seed=0, threads=1))
     same = true.record["weights"] == blind.record["weights"]
     assert same, "labels it does not declare changed the result"
 
@@ -159,7 +158,7 @@ def needs_what_it_declares(method: Method) -> None:
     """Taking one declared need away makes the View refuse."""
     if method.needs.recipe or not (method.needs.forget or method.needs.retain):
         raise _NotApplicable
-    missing = {"forget": False} if method.needs.forget else {"retain": False}
+    missing: dict[str, Any] = {"forget": False} if method.needs.forget else {"retain": False}
     starved = type(
         "Starved",
         (type(method),),
@@ -247,7 +246,8 @@ def moves_toward_the_reference(method: Method) -> None:
     def kept(model: torch.nn.Module) -> float:
         assert problem.test is not None
         batch = problem.test.fetch(problem.split(REQUEST)["retain-test"])
-        return float((problem.logits(model.eval(), batch).argmax(1) == batch.y).float().mean())
+        assert batch.y is not None
+        return float(problem.logits(model.eval(), batch).argmax(1).eq(batch.y).float().mean())
 
     wanted = forget_probabilities(bench_reference())
     before_gap = float((forget_probabilities(problem.model) - wanted).abs().mean())

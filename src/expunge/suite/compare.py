@@ -11,7 +11,7 @@ from typing import Any
 from expunge import __version__
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.errors import UserError
-from expunge.core.hashing import plain
+from expunge.core.hashing import content_key, plain
 from expunge.core.method import Method
 from expunge.core.outcome import Cost, Outcome
 from expunge.core.problem import Problem
@@ -126,8 +126,9 @@ def compare(
             ))
             task.advance()
         original = Subject(problem.model, problem, request, runtime)
-        findings = bench.audit(original, f"original-{problem.model_hash()[:20]}", trained, audits)
-        rows.append(_row("original", 0, "", None, findings, trained))
+        run = bench.original(problem)
+        findings = bench.audit(original, run, trained, audits)
+        rows.append(_row("original", 0, run, None, findings, trained))
         task.advance()
         if trained:
             (first, subject), others = trained[0], trained[1:]
@@ -215,7 +216,9 @@ def audit(
     subject = Subject(
         outcome.released(), problem, request, bench.runtime, seconds=outcome.cost.seconds, outcome=outcome
     )  # fmt: skip
-    return bench.audit(subject, run or str(outcome.record["weights"]), subjects, audits)
+    if run is None:
+        run = bench.put_outcome(outcome, content_key(["outcome", outcome.record]))
+    return bench.audit(subject, run, subjects, audits)
 
 
 def _row(

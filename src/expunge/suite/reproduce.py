@@ -112,7 +112,7 @@ def _from_workload(source: Mapping[str, Any], bench: Bench) -> Problem:
 
 
 def _from_disk(source: Mapping[str, Any], bench: Bench) -> Problem:
-    from expunge.problems.sources import problem_from_disk
+    from expunge.problems.data_on_disk import problem_from_disk
 
     return problem_from_disk(str(source["model"]), str(source["data"]), test=source.get("test"))
 

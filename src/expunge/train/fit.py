@@ -115,6 +115,8 @@ def fit(
     first_epoch, skip = keeper.restore()
     wrapped, prepared = accelerator.prepare(model, optimizer)
 
+    sound: dict[str, Tensor] | None = None
+    sound_epoch = -1
     with runtime.task(stage, epochs) as task:
         task.advance(first_epoch)
         for epoch in range(first_epoch, epochs):
@@ -132,8 +134,14 @@ def fit(
                 loss = loss_of(wrapped, batch)
                 value = float(runtime.sum(loss.detach().clone())) / runtime.processes
                 result.stopped = _why_stop(value, result.steps, stop, runtime, keeper.elapsed())
+                if not math.isfinite(value) and sound is not None:
+                    model.load_state_dict(sound)
                 if result.stopped:
                     break
+                if (
+                    sound_epoch != epoch
+                ):  # these weights gave a finite loss: the place to fall back to
+                    sound, sound_epoch = _copy(model), epoch
                 accelerator.backward(loss / accumulate)
                 runtime.cost.gradients += _count(batch)
                 micro += 1
@@ -160,9 +168,7 @@ def fit(
                 keeper.resume_random_state()
                 skip = 0
             if snapshots:
-                result.snapshots.append({
-                    k: v.detach().clone() for k, v in model.state_dict().items()
-                })
+                result.snapshots.append(_copy(model))
             task.advance()
             if result.stopped:
                 runtime.reporter.say(f"{stage} stopped: {result.stopped}")
@@ -173,6 +179,10 @@ def fit(
     return result
 
 
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
 def _count(batch: Any) -> int:
     return len(batch) if isinstance(batch, Batch) else sum(_count(part) for part in batch)
 
@@ -181,7 +191,7 @@ def _why_stop(
     value: float, steps: int, stop: Callable[[float], str | None], runtime: Runtime, seconds: float
 ) -> str | None:
     if not math.isfinite(value):
-        return f"the loss was {value} at step {steps}; weights are those before it"
+        return f"the loss was {value} after step {steps}; the last weights with a finite loss at the start of an epoch were put back"
     budget = runtime.budget
     if budget.steps is not None and steps >= budget.steps:
         return f"budget of {budget.steps} steps used"

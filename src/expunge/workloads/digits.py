@@ -43,9 +43,9 @@ digits_class = Workload(
         "random-label": {"epochs": 5, "lr": 0.1, "order": "joint"},
         "salun": {"epochs": 5, "lr": 0.1, "order": "joint"},
         "scrub": {
-            "epochs": 5,
+            "epochs": 6,
             "max_epochs": 3,
-            "lr": 0.02,
+            "lr": 0.015,
             "alpha": 0.5,
             "gamma": 1.0,
             "temperature": 2.0,

@@ -1,0 +1,40 @@
+"""Every method through every common check; adding a method adds a row by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from expunge.methods import registry
+from expunge.suite import checks
+from expunge.suite.checks import METHOD_CHECKS
+
+
+def method_of(name):
+    cls = registry.get(name)
+    return cls.create(checks.bench_problem().tuned.get(name, {}))
+
+
+@pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("name", list(registry))
+def test_method(name, check):
+    try:
+        check(method_of(name))
+    except checks._NotApplicable:
+        assert (name, check.__name__) in NOT_APPLICABLE
+    else:
+        assert (name, check.__name__) not in NOT_APPLICABLE
+
+
+# What cannot apply, row by row, so that nothing drops out of the table unnoticed.
+NOT_APPLICABLE = {
+    *(("retrain", c) for c in ("frozen_stays_frozen", "reads_only_what_it_declares")),
+    *(("retrain", c) for c in ("needs_what_it_declares", "resumes_to_the_same_bits")),
+    *(("ssd", c) for c in ("frozen_stays_frozen", "resumes_to_the_same_bits")),
+    *((name, "reads_only_what_it_declares") for name in ("neggrad-plus", "salun", "ssd")),
+}
+
+
+def test_names_and_classes_agree():
+    for name in registry:
+        assert registry.get(name).name == name
+        assert registry.by_class(registry.get(name).__name__) is registry.get(name)

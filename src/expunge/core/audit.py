@@ -95,6 +95,14 @@ class Subject:
         """Ids of `forget-train`, `retain-train`, `forget-test`, `retain-test`."""
         return self.problem.split(self.request)
 
+    def original(self) -> Subject:
+        """The original model as a subject; its predictions are shared by all audits of a request."""
+        shared = self.problem.__dict__.setdefault("_original_subjects", {})
+        key = (self.request.key, self.runtime.device)
+        if key not in shared:
+            shared[key] = Subject(self.problem.model, self.problem, self.request, self.runtime)
+        return shared[key]
+
     def data_of(self, split: str) -> Any:
         """The data set a split belongs to."""
         return self.problem.test if split.endswith("test") else self.problem.train

@@ -7,6 +7,7 @@ from a loader's order; a batch says which samples it holds.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,24 +106,30 @@ class Data:
             columns: further per-sample values that a request's `where=` may use.
 
         Raises:
-            DataError: sizes disagree, ids repeat, inputs hold NaN or infinite values, or the
-                source is empty.
+            DataError: sizes disagree, ids repeat, inputs or labels hold NaN or infinite values, or
+                the source is empty.
         """
         self._dataset: Dataset[Any] | None = None
         self._x: Any = None
         self._labels: Tensor | None = None
         if isinstance(source, Dataset):
+            if not hasattr(source, "__len__"):
+                raise DataError("the data has no length; a map-style Dataset is needed")
             self._dataset = source
-            self._length = len(source)  # type: ignore[arg-type]
+            self._length = len(source)
             self._labels_known = False
         else:
             x, y = source if isinstance(source, tuple) else (source, None)
-            self._x = x if isinstance(x, Mapping) else torch.as_tensor(x)
-            first = next(iter(self._x.values())) if isinstance(self._x, Mapping) else self._x
-            self._length = len(first)
-            self._labels = None if y is None else torch.as_tensor(y)
+            try:
+                self._x = _tensors(x)
+                self._labels = None if y is None else _labels([y])[0]
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise DataError(f"the data cannot be read as numbers ({error})") from error
+            lengths = {len(t) for t in (self._x.values() if isinstance(x, Mapping) else [self._x])}
+            if len(lengths) != 1:
+                raise DataError(f"the inputs differ in their number of samples: {sorted(lengths)}")
+            self._length = lengths.pop()
             self._labels_known = True
-            map_inputs(self._x, _require_finite)
         if not self._length:
             raise DataError("the data holds no samples")
         if self._labels is not None and len(self._labels) != self._length:
@@ -156,10 +163,13 @@ class Data:
         """Labels [N] in the order of `ids`, or None; a `Dataset` is read once for them."""
         if not self._labels_known:
             targets = getattr(self._dataset, "targets", None)
-            if targets is None:
+            changed = getattr(self._dataset, "target_transform", None) is not None
+            if targets is not None and len(targets) == self._length and not changed:
+                self._labels = _labels([targets])[0]
+            else:
                 labels = [self._item(p)[1] for p in range(self._length)]
-                targets = None if any(y is None for y in labels) else labels
-            self._labels = None if targets is None else torch.as_tensor(targets)
+                if not any(y is None for y in labels):
+                    self._labels = torch.stack(_labels(labels))
             self._labels_known = True
         return self._labels
 
@@ -212,14 +222,17 @@ class Data:
         if self._dataset is None:
             y = None if self._labels is None else self._labels[positions]
             return Batch(map_inputs(self._x, lambda t: t[positions]), y, ids, len(ids))
-        items = [self._item(int(p)) for p in positions]
+        # one process' share of a small batch may be empty; its shape still has to be right
+        items = [self._item(int(p)) for p in positions] or [self._item(0)]
         first = items[0][0]
         x = (
-            {k: torch.stack([item[0][k] for item in items]) for k in first}
+            {k: torch.stack([item[0][k] for item in items])[: len(ids)] for k in first}
             if isinstance(first, Mapping)
-            else torch.stack([torch.as_tensor(item[0]) for item in items])
+            else torch.stack([item[0] for item in items])[: len(ids)]
         )
-        y = None if items[0][1] is None else torch.as_tensor([int(item[1]) for item in items])
+        y = None
+        if items[0][1] is not None:
+            y = torch.stack(_labels([item[1] for item in items]))[: len(ids)]
         return Batch(x, y, ids, len(ids))
 
     def batches(
@@ -251,7 +264,10 @@ class Data:
             digest = hashlib.sha256()
             for batch in self.batches(256):
                 parts = {"ids": batch.ids}
-                parts |= {"x": batch.x} if isinstance(batch.x, Tensor) else dict(batch.x)
+                if isinstance(batch.x, Tensor):
+                    parts["x"] = batch.x
+                else:
+                    parts |= {f"x.{name}": value for name, value in batch.x.items()}
                 if batch.y is not None:
                     parts["y"] = batch.y
                 digest.update(hash_tensors(parts).encode())
@@ -260,11 +276,20 @@ class Data:
 
     def _item(self, position: int) -> tuple[Any, Any]:
         item = self._dataset[position]  # type: ignore[index]
-        pair = tuple(item) if isinstance(item, (tuple, list)) else (item, None)
-        map_inputs(
-            pair[0] if isinstance(pair[0], Mapping) else torch.as_tensor(pair[0]), _require_finite
-        )
-        return pair[0], pair[1]
+        x, y = (*item, None)[:2] if isinstance(item, (tuple, list)) else (item, None)
+        return _tensors(x), y
+
+
+def _tensors(x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return {name: _require_finite(torch.as_tensor(value)) for name, value in x.items()}
+    return _require_finite(torch.as_tensor(x))
+
+
+def _labels(values: Sequence[Any]) -> list[Tensor]:
+    """Labels as tensors: whole numbers of any width as 64 bits, which losses ask for."""
+    tensors = [_require_finite(torch.as_tensor(y)) for y in values]
+    return [t if t.is_floating_point() else t.long() for t in tensors]
 
 
 def _require_finite(tensor: Tensor) -> Tensor:
@@ -274,7 +299,10 @@ def _require_finite(tensor: Tensor) -> Tensor:
 
 
 def _is_int(item: int | str) -> bool:
-    return not isinstance(item, str) or item.lstrip("-").isdigit()
+    if isinstance(item, str):
+        return re.fullmatch(r"-?[0-9]+", item) is not None
+    # a truth value is not an id: a mask would silently stand for samples 0 and 1
+    return isinstance(item, (int, np.integer)) and not isinstance(item, bool)
 
 
 def _some(items: Sequence[Any], show: int = 5) -> str:

@@ -39,7 +39,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if isinstance(value, Tensor):
-        return plain(value.detach().cpu().numpy())
+        return plain(value.detach().cpu().tolist())  # NumPy has no bfloat16
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, np.generic):

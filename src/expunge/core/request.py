@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import datetime as dt
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -56,8 +56,14 @@ class Request:
                 f"a request takes exactly one of {', '.join(_FORMS)}; "
                 f"{'none was' if not given else ' and '.join(given) + ' were'} given"
             )
-        if self.fraction is not None and not 0 < self.fraction < 1:
+        number = isinstance(self.fraction, (int, float, np.number))
+        if self.fraction is not None and not (number and 0 < self.fraction < 1):
             raise RequestError(f"fraction must lie between 0 and 1, not {self.fraction}")
+        if self.where is not None and not isinstance(self.where, str):
+            raise RequestError(f"where takes an expression in text, not {self.where!r}")
+        for value in self.label or ():
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+                raise RequestError(f"label takes class numbers, not {value!r}")
 
     @property
     def form(self) -> str:
@@ -85,13 +91,18 @@ class Request:
         if self.label is not None:
             if data.labels is None:
                 raise RequestError("the request names a label, but the data has no labels")
+            known = set(data.labels.unique().tolist())
+            missing = [label for label in self.label if label not in known]
+            if missing:
+                raise RequestError(f"no sample of the data has label {missing[0]}")
             return data.ids[torch.isin(data.labels, torch.tensor(self.label))]
         if self.where is not None:
             return data.ids[torch.from_numpy(_evaluate(self.where, data.table()))]
         if self.fraction is not None:
             count = round(self.fraction * len(data))
             generator = torch.Generator().manual_seed(self.seed)
-            return data.ids[torch.randperm(len(data), generator=generator)[:count]]
+            drawn = torch.randperm(len(data), generator=generator)[:count]
+            return data.ids.sort().values[drawn]  # whatever order the data is in
         raise RequestError(f"this kind of data cannot be selected by {self.form}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,7 +137,7 @@ class Request:
         if self.form == "label":
             return f"label {', '.join(map(str, value))}"
         if self.form == "fraction":
-            return f"{value:.0%} random samples, seed {self.seed}"
+            return f"{100 * value:g}% random samples, seed {self.seed}"
         if isinstance(value, tuple):
             return f"{len(value)} {self.form}"
         return f"{self.form} {value}"
@@ -150,8 +161,10 @@ def _tuple(value: Any) -> tuple[Any, ...]:
         return (value,)
     if isinstance(value, (Tensor, np.ndarray)):
         value = value.tolist()
-    if not isinstance(value, Sequence):
-        value = list(value)
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=lambda v: (isinstance(v, str), v))  # a set of words has no order
+    if not isinstance(value, Iterable):
+        return (value,)
     return tuple(tuple(v) if isinstance(v, list) else v for v in value)
 
 
@@ -205,7 +218,11 @@ def _evaluate(expression: str, table: Mapping[str, np.ndarray]) -> np.ndarray:
         )
 
     try:
-        tree = ast.parse(expression, mode="eval")
+        tree = ast.parse(expression.strip(), mode="eval")
+        return truth(tree.body)
     except SyntaxError as error:
         raise RequestError(f"where={expression!r} cannot be read: {error.msg}") from error
-    return truth(tree.body)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"where={expression!r} compares what cannot be compared") from error
+    except (RecursionError, MemoryError) as error:
+        raise RequestError("the where expression is too deeply nested") from error

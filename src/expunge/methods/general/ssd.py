@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -218,11 +219,13 @@ def adaptive_alpha(part: Mapping[str, Tensor], whole: Mapping[str, Tensor], shar
     if len(ratios) < 2:
         raise ExpungeError("SSD: the loss has no gradient on the data, so nothing is important")
     above = min(max(1, round(share * len(ratios))), len(ratios) - 1)
-    alpha = ratios.kthvalue(len(ratios) - above).values  # torch.quantile stops at 16 million
+    rank = len(ratios) - above - 1
+    # torch.quantile stops at 16 million values; torch.kthvalue takes minutes on some orders of them
+    alpha = float(np.partition(ratios.cpu().numpy(), rank)[rank])
     below = ratios[ratios < alpha]
     if not bool((ratios > alpha).any()) and len(below):
-        alpha = below.max()
-    return float(alpha)
+        alpha = float(below.max())
+    return alpha
 
 
 @torch.no_grad()

@@ -1,0 +1,81 @@
+"""Intervals over samples: Wilson for shares, the bootstrap for means, rank statistics for AUCs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+Z95 = 1.959963984540054
+
+
+def wilson(hits: int, total: int) -> tuple[float, float]:
+    r"""95 % interval of a share (Wilson 1927).
+
+    \(\frac{\hat p + z^2/2n \pm z\sqrt{\hat p(1-\hat p)/n + z^2/4n^2}}{1 + z^2/n}\).
+
+    Args:
+        hits: how many.
+        total: out of how many, at least 1.
+
+    Returns:
+        Lower and upper end, within [0, 1].
+    """
+    p, z2 = hits / total, Z95**2
+    centre = p + z2 / (2 * total)
+    half = Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
+    low, high = (centre - half) / (1 + z2 / total), (centre + half) / (1 + z2 / total)
+    # rounding must not push an end past the share itself
+    return max(0.0, min(low, p)), min(1.0, max(high, p))
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a mean by the normal approximation; the value itself for one sample."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, mean
+    half = Z95 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
+    """P(positive > negative) + P(equal)/2, from ranks, ties handled (Mann and Whitney 1947)."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(np.concatenate([positives, negatives]))
+    n, m = len(positives), len(negatives)
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def auc_interval(positives: np.ndarray, negatives: np.ndarray) -> tuple[float, float]:
+    r"""95 % interval of an AUC from its structural components (DeLong 1988).
+
+    With \(V_i\) = share of negatives below positive \(i\) and \(W_j\) = share of positives above
+    negative \(j\) (ties one half), \(\mathrm{Var} = S_V/n + S_W/m\).
+
+    Returns:
+        Lower and upper end, clipped to [0, 1]. Where every pair is ordered alike the variance is
+        zero; then the rule of three over the smaller side gives the width.
+    """
+    order_n, order_p = np.sort(negatives), np.sort(positives)
+    below = np.searchsorted(order_n, positives, "left") + np.searchsorted(
+        order_n, positives, "right"
+    )
+    above = np.searchsorted(order_p, negatives, "left") + np.searchsorted(
+        order_p, negatives, "right"
+    )
+    v = below / (2 * len(negatives))
+    w = 1 - above / (2 * len(positives))
+    value = float(v.mean())
+    spread = sum(x.var(ddof=1) / len(x) if len(x) > 1 else 0.25 for x in (v, w))
+    half = max(Z95 * math.sqrt(spread), 0.0)
+    if half == 0:
+        half = 3 / min(len(positives), len(negatives)) if value in (0.0, 1.0) else 0.0
+    return max(0.0, value - half), min(1.0, value + half)
+
+
+def two_sided(value: float, low: float, high: float) -> tuple[float, float, float]:
+    """Fold an AUC and its interval at one half: max(a, 1 − a); an interval around ½ starts there."""
+    folded = max(value, 1 - value)
+    ends = (max(low, 1 - low), max(high, 1 - high))
+    return folded, (0.5 if low <= 0.5 <= high else min(ends)), max(ends)

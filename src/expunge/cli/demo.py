@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +60,7 @@ def show_comparison(comparison: Comparison, folder: Path, as_json: bool) -> None
 
     from expunge.report import summary, terminal_table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for one in comparison.data["comparisons"]:
         console.print(terminal_table(one))
         for sentence in summary(one):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from expunge.cli.common import Json, StoreOption, print_json
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -17,13 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="List, compare, move and tidy the runs of a store.", no_args_is_help=True)
 
-Folder = Annotated[
-    Path | None,
-    typer.Option(
-        "--store", metavar="FOLDER", help="The store; $EXPUNGE_STORE or ./.expunge if left out."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, or the beginning of it.")]
 
 
@@ -33,20 +28,20 @@ def list_runs(
     problem: Annotated[str | None, typer.Option(help="Name of the problem.")] = None,
     method: Annotated[str | None, typer.Option(help="Name of the method.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="How many, newest first.")] = None,
-    store: Folder = None,
-    as_json: AsJson = False,
+    store: StoreOption = None,
+    as_json: Json = False,
 ) -> None:
     """List runs, newest first."""
     found = _open(store).runs(kind=kind, problem=problem, method=method, limit=limit)
     if as_json:
-        _print_json([{k: v for k, v in run.to_json().items() if k != "record"} for run in found])
+        print_json([{k: v for k, v in run.to_json().items() if k != "record"} for run in found])
         return
     columns = ("id", "kind", "problem", "method", "seed", "status", "created")
     _table(columns, ([getattr(run, name) for name in columns] for run in found), "no runs")
 
 
 @app.command()
-def show(run: RunId, store: Folder = None, as_json: AsJson = False) -> None:
+def show(run: RunId, store: StoreOption = None, as_json: Json = False) -> None:
     """Show a run's record, its parents, and what audits found."""
     opened = _open(store)
     entry = opened.get(run)
@@ -54,7 +49,7 @@ def show(run: RunId, store: Folder = None, as_json: AsJson = False) -> None:
     found = {audit.id: opened.findings(audit.id) for audit in audits}
     parents = [opened.get(parent) for parent in entry.parents]
     if as_json:
-        _print_json({
+        print_json({
             **entry.to_json(),
             "findings": {audit: [_finding(f) for f in listed] for audit, listed in found.items()},
         })
@@ -82,14 +77,14 @@ def diff(
     results: Annotated[
         bool, typer.Option("--results", help="Compare results too, not only inputs.")
     ] = False,
-    store: Folder = None,
-    as_json: AsJson = False,
+    store: StoreOption = None,
+    as_json: Json = False,
 ) -> None:
     """Name what differs between two runs: settings, seeds, versions, hashes."""
     opened = _open(store)
     found = opened.diff(a, b, results)
     if as_json:
-        _print_json([{"path": path, "a": left, "b": right} for path, left, right in found])
+        print_json([{"path": path, "a": left, "b": right} for path, left, right in found])
         return
     _table(("path", opened.get(a).id, opened.get(b).id), found, "no difference")
 
@@ -99,7 +94,7 @@ def export_runs(
     runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Runs to export.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .tar file.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    store: Folder = None,
+    store: StoreOption = None,
 ) -> None:
     """Write runs, all they were made from and their tensors into one .tar file."""
     from expunge.core.errors import UserError
@@ -113,14 +108,14 @@ def export_runs(
 @app.command("import")
 def import_runs(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file made by export.")],
-    store: Folder = None,
-    as_json: AsJson = False,
+    store: StoreOption = None,
+    as_json: Json = False,
 ) -> None:
     """Add the runs of an exported file after checking every hash; all of them or none."""
     opened = _open(store)
     added = opened.import_(file)
     if as_json:
-        _print_json(added)
+        print_json(added)
         return
     _table(("id", "kind", "problem", "method"), _short(opened, added), "nothing new in the file")
 
@@ -130,19 +125,19 @@ def gc(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be removed.")
     ] = False,
-    store: Folder = None,
-    as_json: AsJson = False,
+    store: StoreOption = None,
+    as_json: Json = False,
 ) -> None:
     """Remove tensors that no run refers to, and what killed processes left behind."""
     removed = _open(store).gc(dry_run)
     if as_json:
-        _print_json(removed)
+        print_json(removed)
         return
     heading = "would be removed" if dry_run else "removed"
     _table((heading,), ([path] for path in removed), "nothing to remove")
 
 
-def _open(folder: Path | None) -> Store:
+def _open(folder: str | None) -> Store:
     from expunge.store import Store
 
     return Store.open(folder)
@@ -159,10 +154,6 @@ def _finding(finding: Finding) -> dict[str, Any]:
     # Per-sample arrays are data, not a listing; export carries them.
     values = {k: v for k, v in vars(finding).items() if k != "per_sample"}
     return {**plain(values), "arrays": sorted(finding.per_sample)}
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _console() -> Console:

@@ -94,7 +94,9 @@ def unlearn(
     with runtime.metered() as cost:
         outcome = method.run(view, runtime)
     model = outcome.runnable().cpu().eval()
-    model.requires_grad_(True)
+    trainable = {n: p.requires_grad for n, p in problem.model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable.get(name, True))
     outcome.model = model
     outcome.cost = cost
     if outcome.change is None:

@@ -213,7 +213,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Outcome:
         record = json.loads((folder / "record.json").read_text())
         tensors = load_file(folder / "change.safetensors")
         kind = CHANGES[record["change"]["kind"]]
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise StoreError(f"{folder} holds no saved outcome ({error})") from error
     change = kind(tensors)
     if change.hash() != record["change"]["hash"]:

@@ -6,7 +6,6 @@ are capabilities, discovered by name.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Batch, Data
-from expunge.core.errors import DataError, NeedsError, RequestError
+from expunge.core.errors import DataError, NeedsError, UserError
 from expunge.core.hashing import content_key, hash_model
 from expunge.core.request import Request
 
@@ -56,6 +55,8 @@ class Problem:
             tuned: settings per method name that suit this problem, with their source elsewhere.
         """
         self.model = copy.deepcopy(model).eval()
+        if not any(p.requires_grad for p in self.model.parameters()):
+            self.model.requires_grad_(True)  # frozen for inference, not by design
         self.train = Data.of(train)
         self.test = None if test is None else Data.of(test)
         self.valid = None if valid is None else Data.of(valid)
@@ -87,12 +88,18 @@ class Problem:
 
         Returns:
             The problem.
+
+        Raises:
+            UserError: an argument is neither one of `Problem` nor a function.
         """
         known = inspect.signature(Problem.__init__).parameters
         problem = cls(model, data, **{k: v for k, v in more.items() if k in known})
-        problem._extra = {"each_loss": each_loss} | {
-            k: v for k, v in more.items() if k not in known
-        }
+        extra = {"each_loss": each_loss} | {k: v for k, v in more.items() if k not in known}
+        for name, function in extra.items():
+            if not callable(function):
+                raise UserError(f"a problem has no argument {name!r}; a capability is a function")
+        problem._extra = extra
+        vars(problem).update(extra)  # the functions given go before those of a subclass
         return problem
 
     def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -101,8 +108,6 @@ class Problem:
         Raises:
             NeedsError: neither a subclass nor `Problem.of` gave one.
         """
-        if "each_loss" in self._extra:
-            return self._extra["each_loss"](model, batch)
         raise NeedsError("this problem has no each_loss; use Problem.of(model, data, each_loss=…)")
 
     def can(self, capability: str) -> bool:
@@ -165,9 +170,10 @@ class Problem:
         splits = {"forget-train": forget, "retain-train": self.train.without(forget)}
         if self.test is not None:
             of_class = torch.empty(0, dtype=torch.long)
-            if request.label is not None:
-                with contextlib.suppress(RequestError):  # a class without test samples is fine
-                    of_class = request.resolve(self.test)
+            if request.label is not None and self.test.labels is not None:
+                # not `resolve`: a class without test samples is fine, and so is no other class
+                asked = torch.isin(self.test.labels, torch.tensor(request.label))
+                of_class = self.test.ids[asked].sort().values
             splits |= {"forget-test": of_class, "retain-test": self.test.without(of_class)}
         return splits
 

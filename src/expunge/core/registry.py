@@ -44,7 +44,7 @@ class Registry:
             module, _, attribute = name.replace(":", ".").rpartition(".")
             try:
                 return getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
+            except (ImportError, AttributeError, ValueError, TypeError) as error:
                 raise UserError(f"{name} cannot be imported ({error})") from error
         near = difflib.get_close_matches(name, table, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(table)}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import random
-import resource
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,19 +180,22 @@ class Runtime:
         threads = torch.get_num_threads()
         if self.threads:
             torch.set_num_threads(self.threads)
+        held = 0
         if self.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            held = torch.cuda.memory_allocated(self.device)
         start, memory = time.perf_counter(), _PeakMemory()
         try:
             with memory:
                 yield inner
         finally:
             inner.seconds += time.perf_counter() - start
-            inner.peak_bytes = (
-                torch.cuda.max_memory_allocated()
-                if self.device.startswith("cuda")
-                else memory.growth
-            )
+            grown = memory.growth
+            if self.device.startswith("cuda"):
+                grown = torch.cuda.max_memory_allocated(self.device) - held
+            # work metered within this one starts the device's count anew
+            inner.peak_bytes = max(inner.peak_bytes, grown)
+            outer.peak_bytes = max(outer.peak_bytes, inner.peak_bytes)
             torch.set_num_threads(threads)
             self.cost = outer
             outer.samples += inner.samples
@@ -206,7 +209,7 @@ class Runtime:
             "processes": self.processes,
             "threads": self.threads or torch.get_num_threads(),
             "seed": self.seed,
-        }
+        } | ({} if self.budget == Budget() else {"budget": asdict(self.budget)})
 
 
 @dataclass
@@ -223,30 +226,39 @@ class _PeakMemory:
     """Growth of the resident set over a block, sampled every 10 ms."""
 
     def __init__(self) -> None:
-        self._page = resource.getpagesize()
+        self._base = 0
         self._done = threading.Event()
         self.growth = 0
 
     def _resident(self) -> int:
         try:
             with open("/proc/self/statm") as file:
-                return int(file.read().split()[1]) * self._page
+                return int(file.read().split()[1]) * mmap.PAGESIZE
         except OSError:  # not Linux: the process' lifetime peak is the best there is
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            if sys.platform == "win32":
+                return 0
+            import resource
 
-    def _watch(self, base: int) -> None:
+            unit = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def _look(self) -> None:
+        self.growth = max(self.growth, self._resident() - self._base)
+
+    def _watch(self) -> None:
         while not self._done.wait(0.01):
-            self.growth = max(self.growth, self._resident() - base)
+            self._look()
 
     def __enter__(self) -> _PeakMemory:
-        base = self._resident()
-        self._thread = threading.Thread(target=self._watch, args=(base,), daemon=True)
+        self._base = self._resident()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
+        self._look()  # work shorter than the interval counts too
 
 
 def _distributed() -> bool:

@@ -7,6 +7,7 @@ coercion of words from the command line all read it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -60,8 +61,10 @@ class Configured:
             object.__setattr__(self, f.name, value)
 
     def in_force(self) -> dict[str, Any]:
-        """All settings with the values they have, as JSON types."""
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+        """All settings with the values they have, as JSON types; `create` takes them back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        # JSON has no infinity, but a threshold may be one
+        return {k: str(v) if v in (math.inf, -math.inf) else plain(v) for k, v in values.items()}
 
     @classmethod
     def describe_settings(cls) -> list[dict[str, Any]]:
@@ -121,9 +124,14 @@ def _try(value: Any, option: Any) -> tuple[bool, Any]:
     if option is type(None):
         return (value is None or value in ("none", "None")), None
     if typing.get_origin(option) is Literal:
-        return value in typing.get_args(option), value
+        for choice in typing.get_args(option):
+            if value == choice or value == str(choice):
+                return True, choice
+        return False, None
     if typing.get_origin(option) is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = value
+        if isinstance(value, str):
+            items = value.split(",") if value.strip() else []
         if isinstance(items, (list, tuple)):
             inner = typing.get_args(option)[0]
             tried = [_try(v.strip() if isinstance(v, str) else v, inner) for v in items]
@@ -138,8 +146,13 @@ def _try(value: Any, option: Any) -> tuple[bool, Any]:
         if isinstance(value, bool):
             return False, None
         try:
+            if option is int and isinstance(value, (int, str)):
+                return True, int(value)  # a float would round above 2**53
+        except ValueError:
+            pass
+        try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False, None
         if option is int:
             return number.is_integer(), int(number) if number.is_integer() else None
@@ -148,6 +161,9 @@ def _try(value: Any, option: Any) -> tuple[bool, Any]:
 
 
 def _check_range(owner: str, name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    if isinstance(value, tuple):
+        for item in value:
+            _check_range(owner, name, item, metadata)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     low, high, above = (metadata.get(k) for k in ("low", "high", "above"))

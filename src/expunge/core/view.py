@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Batch, Data
-from expunge.core.errors import AccessError
+from expunge.core.errors import AccessError, NeedsError
 from expunge.core.needs import Needs
 from expunge.core.problem import Problem
 from expunge.core.request import Request
@@ -56,6 +56,7 @@ class Source:
         Raises:
             AccessError: an id belongs to another side.
         """
+        ids = ids.cpu()  # ids of a batch travel with it to its device
         if not bool(torch.isin(ids, self.ids).all()):
             raise AccessError("a method asked for samples that are not on this side of the data")
         share = self._runtime.share(ids)
@@ -166,8 +167,15 @@ class View:
 
     @property
     def classes(self) -> int:
-        """Number of classes of the model's output, if the problem is one of classes."""
-        return int(self._problem.classes)  # type: ignore[attr-defined]
+        """Number of classes of the model's output.
+
+        Raises:
+            NeedsError: the problem is not one of classes.
+        """
+        classes = getattr(self._problem, "classes", None)
+        if classes is None:
+            raise NeedsError(f"a {self._problem.kind} problem has no classes to choose from")
+        return int(classes)
 
     def _side(self, data: Data, ids: Tensor, side: str) -> Source:
         return Source(data, ids, self.needs.labels_of(side), self._runtime)

@@ -224,8 +224,8 @@ def _patches(module: nn.Conv2d, a: Tensor, output: torch.Size) -> Tensor:
 
     `torch.nn.functional.unfold` gives the same; a view is copied up to three times as fast.
     """
-    (up, left), (kh, kw) = module.padding, module.kernel_size  # type: ignore[misc]
-    (dh, dw), (sh, sw) = module.dilation, module.stride
+    up, left = (int(p) for p in module.padding)
+    (kh, kw), (dh, dw), (sh, sw) = module.kernel_size, module.dilation, module.stride
     a = F.pad(a, (left, left, up, up))
     batch, channel, row, column = a.stride()
     return a.as_strided(

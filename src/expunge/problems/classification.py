@@ -57,10 +57,9 @@ class Classification(Problem):
             DataError: labels are not class numbers.
         """
         first = self._first_logits()
-        if first.ndim != 2:
-            raise ModelError(
-                f"a classifier gives logits [B, C]; this model gave shape {tuple(first.shape)}"
-            )
+        if not isinstance(first, Tensor) or first.ndim != 2:
+            gave = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first)
+            raise ModelError(f"a classifier gives logits [B, C]; this model gave {gave}")
         if not bool(torch.isfinite(first).all()):
             raise ModelError("the model gives NaN or infinite logits on its training data")
         self._classes = int(first.shape[1])
@@ -84,6 +83,6 @@ class Classification(Problem):
                 return compute(
                     self.model, batch if parameter is None else batch.to(parameter.device)
                 )
-        except (RuntimeError, TypeError, ValueError) as error:
-            line = str(error).splitlines()[0]
+        except Exception as error:  # somebody else's model may raise anything
+            line = next(iter(str(error).splitlines()), type(error).__name__)
             raise ModelError(f"the model does not take this data: {line}") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from expunge.core.errors import ModelError
 
@@ -15,7 +16,12 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.Multihea
 
 def leaf_layers(model: nn.Module) -> list[str]:
     """Names of the linear, convolution and layer-norm modules in order of definition."""
-    return [name for name, module in model.named_modules() if isinstance(module, _LAYERS)]
+    return [
+        name
+        for name, module in model.named_modules()
+        # attention applies this one itself, so that its output never shows
+        if isinstance(module, _LAYERS) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    ]
 
 
 def read_taps(
@@ -32,7 +38,7 @@ def read_taps(
         One tensor [B, d] a layer, flattened beyond the batch dimension.
 
     Raises:
-        ModelError: a layer does not exist.
+        ModelError: a layer does not exist, or was not run.
     """
     modules = dict(model.named_modules())
     found: dict[str, Tensor] = {}
@@ -54,12 +60,21 @@ def read_taps(
     finally:
         for handle in handles:
             handle.remove()
+    unused = [name for name in layers if name not in found]
+    if unused:
+        raise ModelError(f"layer {unused[0]!r} was not run by the model")
     return found
 
 
 def penultimate(model: nn.Module, last: str, forward: Callable[[nn.Module], Any]) -> Tensor:
-    """Return the input [B, d] of the last layer `last` in one forward pass."""
-    module = dict(model.named_modules())[last]
+    """Return the input [B, d] of the last layer `last` in one forward pass.
+
+    Raises:
+        ModelError: the layer does not exist, or was not run.
+    """
+    module = dict(model.named_modules()).get(last)
+    if module is None:
+        raise ModelError(f"the model has no layer {last!r}")
     found: list[Tensor] = []
     handle = module.register_forward_pre_hook(
         lambda _m, inputs: found.append(torch.flatten(inputs[0], 1))
@@ -68,4 +83,6 @@ def penultimate(model: nn.Module, last: str, forward: Callable[[nn.Module], Any]
         forward(model)
     finally:
         handle.remove()
+    if not found:
+        raise ModelError(f"layer {last!r} was not run by the model")
     return found[0]

@@ -6,10 +6,9 @@ Layout inside a store: `blobs/ab/<hash>.safetensors`, with `tmp/` for files bein
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-import time
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,8 +49,11 @@ class Blobs:
         Raises:
             ExpungeError: the tensors have no safetensors form, or the disk refuses them.
         """
-        own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        digest = hash_tensors(own)
+        try:
+            own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+            digest = hash_tensors(own)
+        except RuntimeError as error:  # sparse and other tensors that are not one block of memory
+            raise ExpungeError(f"the tensors cannot be stored: {error}") from error
         if not self._intact(digest):
             temporary = self.folder / "tmp" / f"{new_id()}.safetensors"
             try:
@@ -117,38 +119,38 @@ class Blobs:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Keep garbage collection away until the row that refers to a new blob is committed."""
-        with self._lock(fcntl.LOCK_SH):
+        # Reading takes SQLite's shared lock, which lasts until the transaction ends.
+        with self._lock("BEGIN", "SELECT name FROM sqlite_master"):
             yield
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until nobody is between writing a blob and committing its row."""
-        with self._lock(fcntl.LOCK_EX):
+        with self._lock("BEGIN EXCLUSIVE"):
             yield
 
     @contextmanager
-    def _lock(self, mode: int) -> Iterator[None]:
-        # The system releases the lock when a process ends, however it ends.
+    def _lock(self, *statements: str) -> Iterator[None]:
+        """Lock `.lock`, an empty database: the same everywhere, and freed however a process ends."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / ".lock").open("ab")
-        except OSError as error:
+            lock = sqlite3.connect(
+                self.folder / ".lock", timeout=BUSY_SECONDS, isolation_level=None
+            )
+        except (OSError, sqlite3.Error) as error:
             raise cannot_write(self.folder, error) from error
-        with file:
-            deadline = time.monotonic() + BUSY_SECONDS
-            while True:
-                try:
-                    fcntl.flock(file, mode | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() > deadline:
-                        raise ExpungeError(
-                            f"another process is using the store {self.folder}; try again"
-                        ) from error
-                    time.sleep(0.01)
-                except OSError as error:
+        try:
+            try:
+                for statement in statements:
+                    lock.execute(statement).fetchall()
+            except sqlite3.Error as error:
+                if "locked" not in str(error):
                     raise cannot_write(self.folder, error) from error
+                message = f"another process is using the store {self.folder}; try again"
+                raise ExpungeError(message) from error
             yield
+        finally:
+            lock.close()
 
     def _intact(self, digest: str) -> bool:
         """Whether the blob is there and unharmed; a damaged one is written again."""
@@ -164,11 +166,12 @@ class Blobs:
         target = self.path(digest)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, target)
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        if os.name == "posix":  # elsewhere a directory cannot be opened, nor need it be
+            directory = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
 
 def read_verified(path: Path, digest: str) -> dict[str, Tensor]:

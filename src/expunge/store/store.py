@@ -328,6 +328,8 @@ class Store(SuiteLog):
         """
         if not self.folder.is_dir():
             return []
+        with self._database.read():
+            pass  # a store that cannot be read is not touched at all
         with self._blobs.alone(), self._database.read() as connection:
             if connection is None and any(self.folder.glob("blobs/??/*.safetensors")):
                 raise StoreError(

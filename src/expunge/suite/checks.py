@@ -120,7 +120,7 @@ def frozen_stays_frozen(method: Method) -> None:
     if "train" not in {f.name for f in dataclasses.fields(method)}:
         raise _NotApplicable
     decayed = {"weight_decay": 0.1} if hasattr(method, "weight_decay") else {}
-    outcome = run(replace(method, train="last(1)", **decayed))
+    outcome = run(type(method).create({**method.in_force(), "train": "last(1)", **decayed}))
     original, last = bench_problem().model.state_dict(), bench_problem().role("last layer")[0]
     for name, value in outcome.runnable().state_dict().items():
         if not name.startswith(last + "."):

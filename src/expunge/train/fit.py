@@ -6,19 +6,20 @@ checkpoints that resume to the same bits; a stop when the loss is no longer fini
 
 from __future__ import annotations
 
+import contextlib
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Batch
-from expunge.core.errors import NeedsError
+from expunge.core.errors import NeedsError, SettingError
+from expunge.core.hashing import hash_tensors
 from expunge.core.runtime import Runtime
+from expunge.train.checkpoints import Checkpoints
 from expunge.train.masks import Mask
 from expunge.train.norm import NormMode, norm_layers, train_mode
 from expunge.train.steps import StepName, make_optimizer
@@ -92,32 +93,36 @@ def fit(
 
     Raises:
         NeedsError: running statistics would be taken over each process' share of a batch.
+        SettingError: no weight may move.
     """
-    from accelerate import Accelerator
-
-    if runtime.processes > 1 and norm == "train" and norm_layers(model):
-        raise NeedsError(
-            "batch statistics cannot be shared between processes; use norm=frozen with several processes"
-        )
-    accelerator = Accelerator(cpu=runtime.device == "cpu", mixed_precision=runtime.precision)
     parameters = dict(model.named_parameters())
+    trainable = {n: p.requires_grad for n, p in parameters.items()}
     if mask is not None:
         mask = {n: mask[n].to(p.device) for n, p in parameters.items()}
         for name, p in parameters.items():
-            p.requires_grad_(bool(mask[name].any()))
+            p.requires_grad_(trainable[name] and bool(mask[name].any()))
     moving = {n: p for n, p in parameters.items() if p.requires_grad}
+    if not moving:
+        raise SettingError("no weight may move: train= and the model together freeze them all")
+    settings = {
+        "epochs": epochs, "lr": lr, "step": step, "momentum": momentum, "norm": norm,
+        "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate,
+        "mask": None if mask is None else hash_tensors(mask),
+    }  # fmt: skip
     frozen_values = {n: p.detach().clone() for n, p in moving.items()} if mask is not None else {}
     optimizer = make_optimizer(
         step, moving.values(), lr=lr, momentum=momentum, weight_decay=weight_decay
     )
     result = Fit()
-    keeper = _Checkpoints(runtime, stage, model, optimizer, result)
+    keeper = Checkpoints(runtime, stage, model, optimizer, result, settings)
     first_epoch, skip = keeper.restore()
-    wrapped, prepared = accelerator.prepare(model, optimizer)
 
-    sound: dict[str, Tensor] | None = None
-    sound_epoch = -1
-    with runtime.task(stage, epochs) as task:
+    with _accelerated(runtime) as accelerator, runtime.task(stage, epochs) as task:
+        if runtime.processes > 1 and norm != "frozen" and norm_layers(model):
+            raise NeedsError(
+                "batch statistics cannot be shared between processes; use norm=frozen with several processes"
+            )
+        wrapped, prepared = accelerator.prepare(model, optimizer)
         task.advance(first_epoch)
         for epoch in range(first_epoch, epochs):
             train_mode(model, norm)
@@ -125,32 +130,33 @@ def fit(
                 group["lr"] = lr * schedule(epoch)
             micro = 0
             optimizer.zero_grad(set_to_none=True)
+            keeper.begin()
+            # where to fall back to, once these weights have given a finite loss
+            start = None if skip else _copy(model)
             for index, (loss_of, batch) in enumerate(passes(epoch)):
+                keeper.saw(batch)
                 if index < skip:
+                    if index + 1 == skip:  # before the next batch is read: reading may be random
+                        keeper.resume()
                     continue
-                if skip:
-                    keeper.resume_random_state()
-                    skip = 0
                 loss = loss_of(wrapped, batch)
                 value = float(runtime.sum(loss.detach().clone())) / runtime.processes
                 result.stopped = _why_stop(value, result.steps, stop, runtime, keeper.elapsed())
-                if not math.isfinite(value) and sound is not None:
-                    model.load_state_dict(sound)
+                if not math.isfinite(value):
+                    model.load_state_dict(keeper.sound or start or {})
                 if result.stopped:
                     break
-                if (
-                    sound_epoch != epoch
-                ):  # these weights gave a finite loss: the place to fall back to
-                    sound, sound_epoch = _copy(model), epoch
+                if start is not None:
+                    keeper.sound, start = start, None
                 accelerator.backward(loss / accumulate)
                 runtime.cost.gradients += _count(batch)
                 micro += 1
                 if micro % accumulate:
                     continue
-                if clip is not None:
-                    accelerator.clip_grad_norm_(moving.values(), clip)
                 if mask is not None:
                     _mask_gradients(moving, mask)
+                if clip is not None:  # the norm is that of the coordinates that move
+                    accelerator.clip_grad_norm_(moving.values(), clip)
                 prepared.step()
                 prepared.zero_grad(set_to_none=True)
                 if mask is not None:
@@ -164,19 +170,52 @@ def fit(
                         "lr": lr * schedule(epoch),
                     })
                 keeper.maybe_save(epoch, index + 1)
-            if skip:  # the checkpoint was taken at the very end of this epoch
-                keeper.resume_random_state()
-                skip = 0
+            skip = 0
             if snapshots:
                 result.snapshots.append(_copy(model))
             task.advance()
             if result.stopped:
                 runtime.reporter.say(f"{stage} stopped: {result.stopped}")
                 break
-    for p in parameters.values():
-        p.requires_grad_(True)
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # takes autocast off again
+    if keeper.sound is not None and not all(bool(p.isfinite().all()) for p in moving.values()):
+        model.load_state_dict(keeper.sound)
+        result.stopped = f"weights were no longer finite after step {result.steps}; {_PUT_BACK}"
+    for name, p in parameters.items():
+        p.requires_grad_(trainable[name])
     model.eval()
     return result
+
+
+_PUT_BACK = "the last weights with a finite loss at the start of an epoch were put back"
+
+
+@contextlib.contextmanager
+def _accelerated(runtime: Runtime) -> Iterator[Any]:
+    """Give an Accelerator for this device and precision, whatever the process asked for before.
+
+    Accelerate keeps the first choice for the life of a process; it is put back afterwards, since
+    somebody else's Accelerator may rest on it.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    alone = runtime.processes == 1
+    states = (AcceleratorState, PartialState) if alone else (AcceleratorState,)
+    kept = [dict(state._shared_state) for state in states]
+    for state in states:
+        state._shared_state.clear()
+    try:
+        yield Accelerator(
+            cpu=runtime.device == "cpu",
+            mixed_precision=runtime.precision,
+            device_placement=":" not in runtime.device,  # a numbered device is the caller's choice
+        )
+    finally:
+        if runtime.processes == 1:
+            for state, values in zip(states, kept, strict=True):
+                state._shared_state.clear()
+                state._shared_state.update(values)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
@@ -191,19 +230,22 @@ def _why_stop(
     value: float, steps: int, stop: Callable[[float], str | None], runtime: Runtime, seconds: float
 ) -> str | None:
     if not math.isfinite(value):
-        return f"the loss was {value} after step {steps}; the last weights with a finite loss at the start of an epoch were put back"
+        return f"the loss was {value} after step {steps}; {_PUT_BACK}"
     budget = runtime.budget
     if budget.steps is not None and steps >= budget.steps:
         return f"budget of {budget.steps} steps used"
-    if budget.seconds is not None and seconds >= budget.seconds:
-        return f"budget of {budget.seconds} s used"
+    if budget.seconds is not None:
+        # clocks differ; processes have to stop at the same step
+        shared = runtime.sum(torch.tensor(seconds, device=runtime.device)) / runtime.processes
+        if float(shared) >= budget.seconds:
+            return f"budget of {budget.seconds} s used"
     return stop(value)
 
 
 def _mask_gradients(moving: dict[str, nn.Parameter], mask: Mask) -> None:
     for name, p in moving.items():
         if p.grad is not None:
-            p.grad.mul_(mask[name])
+            p.grad.masked_fill_(~mask[name], 0.0)  # a product would keep NaN
 
 
 @torch.no_grad()
@@ -219,81 +261,3 @@ def _restore(
         for state in optimizer.state.get(p, {}).values():
             if isinstance(state, Tensor) and state.shape == p.shape:
                 state.mul_(mask[name])
-
-
-class _Checkpoints:
-    """Writes the state of a training every so often and brings it back to the same bits."""
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        stage: str,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        result: Fit,
-    ) -> None:
-        self._runtime, self._model, self._optimizer, self._result = (
-            runtime,
-            model,
-            optimizer,
-            result,
-        )
-        self._path: Path | None = (
-            None if runtime.checkpoint is None else runtime.checkpoint / f"{stage}.pt"
-        )
-        self._random: Tensor | None = None
-        self._start = time.monotonic()
-        self._cost = (0, 0)
-
-    def elapsed(self) -> float:
-        return time.monotonic() - self._start
-
-    def restore(self) -> tuple[int, int]:
-        """Load the checkpoint, if there is one, and return where to go on (epoch, step in it)."""
-        if self._path is None or not self._path.exists():
-            return 0, 0
-        state = torch.load(self._path, weights_only=True, map_location=self._runtime.device)
-        self._model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._result.curve = state["curve"]
-        self._result.steps = state["steps"]
-        self._result.snapshots = state["snapshots"]
-        self._random = state["random"].cpu()
-        self._start -= state["seconds"]
-        self._runtime.cost.seconds += state["seconds"]  # `metered` adds what this process takes
-        self._cost = (state["samples"], state["gradients"])
-        if state["random"].numel() and not state["index"]:
-            self.resume_random_state()
-        return state["epoch"], state["index"]
-
-    def resume_random_state(self) -> None:
-        """Put global random state and counters back to where the checkpoint was taken."""
-        if self._random is not None:
-            torch.set_rng_state(self._random)
-            self._runtime.cost.samples, self._runtime.cost.gradients = self._cost
-            self._random = None
-
-    def maybe_save(self, epoch: int, index: int) -> None:
-        if self._path is None or self._result.steps % self._runtime.checkpoint_every:
-            return
-        if not self._runtime.is_main:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        torch.save(
-            {
-                "model": self._model.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
-                "curve": self._result.curve,
-                "steps": self._result.steps,
-                "snapshots": self._result.snapshots,
-                "random": torch.get_rng_state(),
-                "seconds": self.elapsed(),
-                "samples": self._runtime.cost.samples,
-                "gradients": self._runtime.cost.gradients,
-                "epoch": epoch,
-                "index": index,
-            },
-            temporary,
-        )
-        temporary.replace(self._path)

@@ -74,11 +74,21 @@ _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def only(model: nn.Module, modules: list[str]) -> Mask:
-    """Let only the parameters of the named modules move."""
-    return {
-        name: torch.full_like(
-            p, any(name == m or name.startswith(m + ".") for m in modules), dtype=torch.bool
+    """Let only the parameters of the named modules move.
+
+    Raises:
+        SettingError: none of them has a parameter.
+    """
+    inside = {
+        name: any(name == m or name.startswith(m + ".") for m in modules)
+        for name, _ in model.named_parameters()
+    }
+    if not any(inside.values()):
+        raise SettingError(
+            f"no weight may move: the model has no parameter in {', '.join(modules) or 'a linear or convolution layer'}"
         )
+    return {
+        name: torch.full_like(p, inside[name], dtype=torch.bool)
         for name, p in model.named_parameters()
     }
 
@@ -101,18 +111,26 @@ def saliency(
 
     Returns:
         The mask.
+
+    Raises:
+        SettingError: the share is so small that no weight is left to move.
     """
     model.eval()
     total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    moving = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for batch in view.forget.batches(batch_size):
         loss = batch.mean(view.each_loss(model, batch))
-        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-        for sink, gradient in zip(total.values(), gradients, strict=True):
+        gradients = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
+        for name, gradient in zip(moving, gradients, strict=True):
             if gradient is not None:
-                sink += gradient / batch.processes
+                total[name] += gradient / batch.processes
         runtime.cost.gradients += len(batch)
     flat = torch.cat([runtime.sum(t).abs().reshape(-1) for t in total.values()])
     count = int(share * len(flat))
+    if not count:
+        raise SettingError(
+            f"no weight may move: saliency({share:g}) of {len(flat)} is less than one"
+        )
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[flat.argsort(descending=True, stable=True)[:count]] = True
     parts = chosen.split([t.numel() for t in total.values()])

@@ -10,16 +10,16 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from expunge.core.view import Source
 
 NormMode = Literal["train", "frozen", "recalibrate"]
 
 
-def norm_layers(model: nn.Module) -> list[_BatchNorm]:
-    """Modules of a model that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+def norm_layers(model: nn.Module) -> list[_NormBase]:
+    """Modules of a model that keep running statistics (batch norm, and instance norm if told)."""
+    return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
 
 
 def train_mode(model: nn.Module, norm: NormMode) -> None:
@@ -32,7 +32,10 @@ def train_mode(model: nn.Module, norm: NormMode) -> None:
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, source: Source, batch_size: int = 256) -> None:
-    """Estimate running statistics anew as the plain average over one pass of a source."""
+    """Estimate running statistics anew as the plain average over one pass of a source.
+
+    A last batch of a single sample is left out: it has no variance.
+    """
     layers = norm_layers(model)
     if not layers:
         return
@@ -40,9 +43,12 @@ def recalibrate(model: nn.Module, source: Source, batch_size: int = 256) -> None
     model.eval()
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
         layer.train()
-    for batch in source.batches(batch_size):
+    for count, batch in enumerate(source.batches(batch_size), start=1):
+        if len(batch) == 1 and count > 1:
+            break
+        for layer in layers:
+            layer.momentum = 1 / count  # cumulative average
         _ = model(batch.x) if isinstance(batch.x, torch.Tensor) else model(**batch.x)
     for layer, momentum in zip(layers, kept, strict=True):
         layer.momentum = momentum

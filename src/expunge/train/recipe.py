@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from expunge.core.data import Batch, Data
+from expunge.core.errors import ExpungeError
 from expunge.core.hashing import content_key
 from expunge.core.runtime import Runtime
 from expunge.core.view import Source
@@ -57,6 +60,9 @@ class ClassifierRecipe:
 
         Returns:
             The trained model.
+
+        Raises:
+            ExpungeError: the training did not run to its end.
         """
         outer = runtime or Runtime()
         inner = Runtime(
@@ -75,7 +81,7 @@ class ClassifierRecipe:
         with inner.metered():
             inner.seed_everything("build")
             model = self.build().to(inner.device)
-            fit(
+            result = fit(
                 model,
                 passes,
                 runtime=inner,
@@ -87,15 +93,24 @@ class ClassifierRecipe:
                 schedule=lambda e: (1 + math.cos(math.pi * e / self.epochs)) / 2,
                 stage="train",
             )
+        if result.stopped:  # half a training is no reference
+            raise ExpungeError(f"training from the recipe stopped: {result.stopped}")
         return model.cpu()
 
     def settings(self) -> dict[str, Any]:
         """What a record keeps of the recipe."""
         kept = ("epochs", "lr", "batch_size", "momentum", "weight_decay", "step", "threads")
-        return {"build": f"{self.build.__module__}.{self.build.__qualname__}"} | {
-            name: getattr(self, name) for name in kept
-        }
+        build = self.build
+        while isinstance(build, functools.partial):
+            build = build.func
+        name = getattr(build, "__qualname__", type(build).__qualname__)
+        return {"build": f"{build.__module__}.{name}"} | {k: getattr(self, k) for k in kept}
 
     def key(self) -> str:
-        """Content key: settings and the data's hash."""
-        return content_key([self.settings(), self.data.fingerprint()])
+        """Content key: settings, the network's layout and the data's hash."""
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # a name alone does not tell one lambda from another
+            model = self.build()
+        shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+        return content_key([self.settings(), str(model), shapes, self.data.fingerprint()])

@@ -1,0 +1,152 @@
+"""Checkpoints of one training: written every so often, brought back to the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.data import Batch
+from expunge.core.errors import UserError
+from expunge.core.hashing import content_key, hash_model
+from expunge.core.runtime import Runtime
+
+if TYPE_CHECKING:
+    from expunge.train.fit import Fit
+
+
+class Checkpoints:
+    """Writes the state of a training every so often and brings it back to the same bits."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        stage: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        result: Fit,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Keep what is to be written.
+
+        Args:
+            runtime: says where and how often, or that there are none.
+            stage: name of the file.
+            model: the model, with its weights from before the training.
+            optimizer: its optimiser.
+            result: curve, steps and snapshots so far.
+            settings: what, with the seed and the first weights, tells one training from another.
+        """
+        self._runtime, self._model, self._optimizer, self._result = (
+            runtime,
+            model,
+            optimizer,
+            result,
+        )
+        self._path: Path | None = (
+            None if runtime.checkpoint is None else runtime.checkpoint / f"{stage}.pt"
+        )
+        self._identity = ""
+        if self._path is not None:
+            self._identity = content_key([stage, settings, runtime.seed, hash_model(model)])
+        self._state: dict[str, Any] | None = None
+        self._seen = hashlib.sha256()
+        self._start = time.monotonic()
+        self.sound: dict[str, Tensor] | None = None
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, those before a resumption included."""
+        return time.monotonic() - self._start
+
+    def restore(self) -> tuple[int, int]:
+        """Load the checkpoint, if there is one, and return where to go on (epoch, batch in it).
+
+        Raises:
+            UserError: the checkpoint was written by a training with other settings or weights.
+        """
+        if self._path is None or not self._path.exists():
+            return 0, 0
+        state = torch.load(self._path, weights_only=True, map_location=self._runtime.device)
+        self._require(state["identity"] == self._identity)
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._result.curve = state["curve"]
+        self._result.steps = state["steps"]
+        self._result.snapshots = state["snapshots"]
+        self.sound = state["sound"]
+        self._start -= state["seconds"]
+        self._runtime.cost.seconds += state["seconds"]  # `metered` adds what this process takes
+        self._state = state
+        return state["epoch"], state["index"]
+
+    def begin(self) -> None:
+        """Start an epoch."""
+        self._seen = hashlib.sha256()
+
+    def saw(self, batch: Any) -> None:
+        """Note which samples a batch holds: a training goes on only with the same ones."""
+        if self._path is None:
+            return
+        if isinstance(batch, Batch):
+            self._seen.update(batch.ids.cpu().numpy().tobytes() + b"|")
+        elif isinstance(batch, (list, tuple)):
+            for part in batch:
+                self.saw(part)
+
+    def resume(self) -> None:
+        """After the last batch to skip: put random state and counters back to the checkpoint's.
+
+        Raises:
+            UserError: the batches skipped were not those the checkpoint had seen.
+        """
+        assert self._state is not None
+        state, self._state = self._state, None
+        # other processes hold other shares than the one that wrote the file
+        self._require(not self._runtime.is_main or state["seen"] == self._seen.hexdigest())
+        torch.set_rng_state(state["random"].cpu())
+        if state["random_device"] is not None:
+            torch.cuda.set_rng_state(state["random_device"].cpu(), self._runtime.device)
+        self._runtime.cost.samples = state["samples"]
+        self._runtime.cost.gradients = state["gradients"]
+
+    def maybe_save(self, epoch: int, index: int) -> None:
+        """Write a checkpoint if it is time; `index` batches of `epoch` are done."""
+        if self._path is None or self._result.steps % self._runtime.checkpoint_every:
+            return
+        if not self._runtime.is_main:
+            return
+        device = self._runtime.device
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(".tmp")
+        torch.save(
+            {
+                "identity": self._identity,
+                "seen": self._seen.hexdigest(),
+                "model": self._model.state_dict(),
+                "sound": self.sound,
+                "optimizer": self._optimizer.state_dict(),
+                "curve": self._result.curve,
+                "steps": self._result.steps,
+                "snapshots": self._result.snapshots,
+                "random": torch.get_rng_state(),
+                "random_device": torch.cuda.get_rng_state(device) if "cuda" in device else None,
+                "seconds": self.elapsed(),
+                "samples": self._runtime.cost.samples,
+                "gradients": self._runtime.cost.gradients,
+                "epoch": epoch,
+                "index": index,
+            },
+            temporary,
+        )
+        temporary.replace(self._path)
+
+    def _require(self, same: bool) -> None:
+        if not same:
+            raise UserError(
+                f"{self._path} belongs to another training; delete it or choose another folder"
+            )

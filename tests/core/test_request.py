@@ -58,7 +58,7 @@ def test_every_form_knows_its_name_and_goes_through_json(form):
 
 
 def test_exactly_one_form_is_taken():
-    with pytest.raises(RequestError, match="exactly one of ids, label.*none was given"):
+    with pytest.raises(RequestError, match=r"exactly one of ids, label.*none was given"):
         Request(reason="no form")
     with pytest.raises(RequestError, match="ids and label were given"):
         Request(ids=(1,), label=(2,))
@@ -234,7 +234,7 @@ def test_where_names_the_unknown_column_and_those_there_are(data):
     ],
 )
 def test_where_runs_no_code(data, expression):
-    with pytest.raises(RequestError, match="not understood|not a condition"):
+    with pytest.raises(RequestError, match=r"not understood|not a condition"):
         Request(where=expression).resolve(data)
 
 

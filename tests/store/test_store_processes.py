@@ -1,62 +1,77 @@
 """Several processes on one store, some of them killed at any moment."""
 
+import multiprocessing
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 
+import pytest
 import torch
 
 from expunge.store import Store
 
-WRITER = """
-import sys, torch
-from expunge.store import Store
-torch.set_num_threads(1)
-store = Store.open(sys.argv[1])
-me = sys.argv[2]
-print("ready", flush=True)
-sys.stdin.readline()
-for i in range(int(sys.argv[3])):
-    shared = store.put_run(kind="original", key=f"shared {i}", record={"by": me},
-                           tensors={"w": torch.full((20_000,), float(i))})
-    own = store.put_run(kind="unlearn", key=f"{me} {i}", record={"i": i}, parents=[shared],
-                        tensors={"w": torch.full((20_000,), 1000.0 * int(me) + i)})
-    if i % 5 == 4:
-        store.gc()
-    print(own, flush=True)
-"""
 
-
-def start(folder, count, rounds):
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", WRITER, str(folder), str(i), str(rounds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+def write(folder, me, rounds, barrier, pipe):
+    """Put runs, half of them under keys that others use too, and report each id once it is safe."""
+    torch.set_num_threads(1)
+    store = Store.open(folder)
+    barrier.wait()
+    for i in range(rounds):
+        shared = store.put_run(
+            kind="original",
+            key=f"shared {i}",
+            record={"by": me},
+            tensors={"w": torch.full((20_000,), float(i))},
         )
-        for i in range(count)
-    ]
-    for writer in writers:
-        assert writer.stdout.readline() == "ready\n"
-    for writer in writers:
-        writer.stdin.write("go\n")
-        writer.stdin.flush()
+        own = store.put_run(
+            kind="unlearn",
+            key=f"{me} {i}",
+            record={"i": i},
+            parents=[shared],
+            tensors={"w": torch.full((20_000,), 1000.0 * me + i)},
+        )
+        if i % 5 == 4:
+            store.gc()
+        pipe.send(own)
+    pipe.close()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    # A server that has torch loaded and forks: each writer starts at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["expunge.store"])
+    return context
+
+
+def start(context, barrier, folder, rounds):
+    writers = []
+    for me in range(barrier.parties):
+        ours, theirs = context.Pipe(duplex=False)
+        writer = context.Process(target=write, args=(folder, me, rounds, barrier, theirs))
+        writer.start()
+        theirs.close()
+        writers.append((writer, ours))
     return writers
 
 
-def end(writer):
-    printed = writer.stdout.read().split()
-    writer.stdout.close()
-    writer.stdin.close()
-    return printed, writer.wait()
+def end(writer, pipe):
+    sent = []
+    try:
+        while True:
+            sent.append(pipe.recv())
+    except (EOFError, OSError):  # a killed process may leave half a message
+        pipe.close()
+    writer.join()
+    code = writer.exitcode
+    writer.close()
+    return sent, code
 
 
-def test_two_processes_fill_one_new_store_without_losing_or_repeating_anything(tmp_path):
+def test_two_processes_fill_one_new_store_without_losing_or_repeating(processes, tmp_path):
     folder = tmp_path / "s"
-    ends = [end(writer) for writer in start(folder, 2, 15)]
+    barrier = processes.Barrier(2)
+    ends = [end(*writer) for writer in start(processes, barrier, folder, 15)]
     assert [code for _, code in ends] == [0, 0]
 
     store = Store.open(folder)
@@ -69,17 +84,18 @@ def test_two_processes_fill_one_new_store_without_losing_or_repeating_anything(t
     assert store.gc() == []
 
 
-def test_a_store_survives_processes_killed_at_any_moment(tmp_path):
+def test_a_store_survives_processes_killed_at_any_moment(processes, tmp_path):
     folder = tmp_path / "s"
     printed = []
-    writers = start(folder, 3, 10_000)
-    for writer in writers:
-        time.sleep(0.37)
+    barrier = processes.Barrier(3)
+    writers = start(processes, barrier, folder, 10_000)
+    assert all(pipe.poll(60) for _, pipe in writers)
+    for writer, pipe in writers:
+        time.sleep(0.23)
         writer.kill()
-        ids, code = end(writer)
+        ids, code = end(writer, pipe)
         assert code == -9
-        # the last line may have been cut short with its process
-        printed += [i for i in ids if len(i) == 26]
+        printed += ids
     assert len(printed) >= 3
 
     store = Store.open(folder)

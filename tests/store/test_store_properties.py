@@ -81,7 +81,7 @@ def test_a_store_remembers_exactly_what_it_was_told(steps, chosen):
         check(other, {run: told[run] for run in told if run in closure})
         assert other.gc() == []
         assert store.import_(Path(folder) / "x.tar") == []
-        assert {run: store.diff(run, run, True) for run in told} == dict.fromkeys(told, [])
+        assert not any(store.diff(run, run, True) for run in told)
 
 
 def check(store, told):

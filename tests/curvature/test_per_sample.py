@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expunge.core.data import Batch
 from expunge.core.errors import ModelError
@@ -347,6 +348,35 @@ def test_half_precision_is_squared_in_float32():
     want = dense.gradient_matrix(model, loss_each, batches).square().sum(0)
     assert result.sums["weight"].dtype == torch.float32
     assert torch.allclose(dense.flat(model, result.sums), want, rtol=0.02, atol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most numbers that any operation returned in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(t, Tensor):
+                self.numbers = max(self.numbers, t.numel())
+        return result
+
+
+@pytest.mark.parametrize("chunk", [2, 5])
+@pytest.mark.parametrize("path", ["vmap", "layerwise"])
+def test_memory_is_bounded_by_the_chunk_not_by_the_batch_or_the_data(path, chunk):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 40))
+    batches = cut(torch.randn(60, 3, 3, 3), torch.randint(0, 40, (60,)), [40, 20])
+    with Largest() as largest:
+        per_sample_sum(model, loss_each, batches, chunk=chunk, path=path)
+    biggest_parameter = 16 * 40
+    if path == "vmap":
+        assert largest.numbers == chunk * biggest_parameter
+    else:  # squares of linear layers are summed without forming the gradients
+        assert largest.numbers <= chunk * biggest_parameter
 
 
 def test_default_chunk_follows_the_memory_bound():

@@ -148,7 +148,7 @@ def test_a_run_that_contradicts_the_store_is_refused_as_a_whole(source, tar, tmp
     "name",
     [
         "../evil.json",
-        "/tmp/evil.json",
+        "/evil.json",
         "runs/../../evil.json",
         "blobs/../../evil.safetensors",
         "./runs/" + "0" * 26 + ".json",

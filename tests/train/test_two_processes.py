@@ -117,7 +117,11 @@ def outputs(tmp_path_factory) -> dict[int, Path]:
         running[count] = (
             folder,
             subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             ),
         )
     folders = {}

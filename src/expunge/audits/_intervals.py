@@ -1,4 +1,4 @@
-"""Intervals over samples: Wilson for shares, the bootstrap for means, rank statistics for AUCs."""
+"""Intervals over samples: Wilson for shares, Student's t for means, DeLong for AUCs."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a mean by the normal approximation; the value itself for one sample."""
+    """95 % interval of a mean by Student's t; the value itself for one sample."""
+    from scipy.special import stdtrit
+
     mean = float(values.mean())
     if len(values) < 2:
         return mean, mean
-    half = Z95 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    t = float(stdtrit(len(values) - 1, 0.975))
+    half = t * float(values.std(ddof=1)) / math.sqrt(len(values))
     return mean - half, mean + half
 
 
@@ -54,8 +57,9 @@ def auc_interval(positives: np.ndarray, negatives: np.ndarray) -> tuple[float, f
     negative \(j\) (ties one half), \(\mathrm{Var} = S_V/n + S_W/m\).
 
     Returns:
-        Lower and upper end, clipped to [0, 1]. Where every pair is ordered alike the variance is
-        zero; then the rule of three over the smaller side gives the width.
+        Lower and upper end, clipped to [0, 1]. Where every pair is ordered alike, or tied, the
+        variance is zero; then the rule of three over the smaller side gives the width (half of it
+        for ties, which count one half).
     """
     order_n, order_p = np.sort(negatives), np.sort(positives)
     below = np.searchsorted(order_n, positives, "left") + np.searchsorted(
@@ -68,9 +72,9 @@ def auc_interval(positives: np.ndarray, negatives: np.ndarray) -> tuple[float, f
     w = 1 - above / (2 * len(positives))
     value = float(v.mean())
     spread = sum(x.var(ddof=1) / len(x) if len(x) > 1 else 0.25 for x in (v, w))
-    half = max(Z95 * math.sqrt(spread), 0.0)
+    half = Z95 * math.sqrt(spread)
     if half == 0:
-        half = 3 / min(len(positives), len(negatives)) if value in (0.0, 1.0) else 0.0
+        half = 3 / min(len(v), len(w)) * (1.0 if value in (0.0, 1.0) else 0.5)
     return max(0.0, value - half), min(1.0, value + half)
 
 

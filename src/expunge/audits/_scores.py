@@ -41,13 +41,10 @@ def modified_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     log-probabilities of the other classes so that saturated outputs stay finite.
     """
     log_p = _log_p(logits)
-    rest = torch.stack(
-        [
-            torch.cat([log_p[:, :c], log_p[:, c + 1 :]], dim=1).logsumexp(1)
-            for c in range(log_p.shape[1])
-        ],
-        dim=1,
-    )  # log(1 − p_c)
+    top = torch.zeros_like(log_p, dtype=torch.bool).scatter_(1, log_p.argmax(1, keepdim=True), True)
+    of_others = log_p.masked_fill(top, -torch.inf).logsumexp(1, keepdim=True)
+    # log(1 − p_c): only the largest p_c can come near 1, where 1 − p_c would cancel
+    rest = torch.where(top, of_others, torch.log1p(-log_p.exp().masked_fill(top, 0.0)))
     true = torch.zeros_like(log_p, dtype=torch.bool).scatter_(1, labels[:, None], True)
     terms = torch.where(true, rest.exp() * log_p, log_p.exp() * rest)
     return terms.sum(1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from expunge.audits._intervals import wilson
+from expunge.audits._splits import unusable
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.needs import Card, Needs
 from expunge.core.runtime import Runtime
@@ -47,7 +48,7 @@ class Accuracy(Audit):
         findings = []
         for split in SPLITS:
             name = f"accuracy/{split}"
-            why = missing(subject, split)
+            why = unusable([subject, *references], split, finite=False)
             if why:
                 findings.append(Finding(name, None, reason=why))
                 continue
@@ -66,17 +67,6 @@ class Accuracy(Audit):
                 )
             )
         return findings
-
-
-def missing(subject: Subject, split: str) -> str | None:
-    """Why a split cannot be measured, or None."""
-    if split not in subject.splits:
-        return "there is no test data"
-    if not len(subject.splits[split]):
-        if split == "forget-test":
-            return "the request names samples, not whole classes, so no test sample belongs to it"
-        return "the split is empty"
-    return None
 
 
 def right(subject: Subject, split: str) -> Any:

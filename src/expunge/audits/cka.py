@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,10 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expunge.core.audit import Audit, Finding, Subject
+from expunge.audits._splits import FEWEST, NO_REFERENCE
+from expunge.core.audit import Audit, Direction, Finding, Subject
 from expunge.core.needs import Card, Needs
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
+
+HELD = 2**26
+"""Feature values held at a time (256 MiB in float32)."""
+T9 = 2.262157
+"""97.5 % point of Student's t with 9 degrees of freedom: ten jackknife groups."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,8 @@ class CKA(Audit):
 
     With centred features \(X, Y\) of the same n samples:
     \(\|Y^\top X\|_F^2 / (\|X^\top X\|_F\,\|Y^\top Y\|_F)\), in 0 … 1; invariant to rotation and
-    isotropic scaling. Computed from the n × n Gram matrices, so cost does not grow with width.
+    isotropic scaling. Computed from the n × n Gram matrices, a few layers at a time, so memory does
+    not grow with width or depth. Interval: grouped jackknife over samples.
     `original…` should be as low as for a retrained model and no lower; `reference…` as high as
     retrained models are among each other. Without suffix on forget data, with `-retain` on the rest.
     """
@@ -55,38 +63,35 @@ class CKA(Audit):
         findings = []
         for split, suffix in (("forget-train", ""), ("retain-train", "-retain")):
             ids = self._pick(subject.splits[split], runtime)
-            mine, names = self._grams(subject, ids)
-            original, _ = self._grams(subject.original(), ids)
-            theirs = [self._grams(r, ids)[0] for r in references]
-            to_original = layerwise(mine, original)
-            detail: dict[str, Any] = {"layers": names, "values": to_original}
-            if theirs:
-                detail["reference_values"] = mean_over([layerwise(t, original) for t in theirs])
-            findings.append(
-                _finding(
-                    f"cka/original{suffix}",
-                    to_original,
-                    detail,
-                    "reference",
-                    [layerwise(t, original) for t in theirs],
-                    1.0,
-                )
-            )
-            if not theirs:
-                why = "no retrained reference to compare with"
-                findings.append(Finding(f"cka/reference{suffix}", None, "up", reason=why))
+            names = [f"cka/original{suffix}", f"cka/reference{suffix}"]
+            if len(ids) < FEWEST:
+                why = f"only {len(ids)} samples on this side, {FEWEST} are needed"
+                findings += [
+                    Finding(names[0], None, reason=why),
+                    Finding(names[1], None, "up", reason=why),
+                ]
                 continue
-            to_them = mean_over([layerwise(mine, t) for t in theirs])
-            among = [layerwise(a, b) for a, b in itertools.combinations(theirs, 2)]
-            before = mean_over([layerwise(original, t) for t in theirs])
-            detail = {"layers": names, "values": to_them}
-            if among:
-                detail["reference_values"] = mean_over(among)
+            layers = list(self.layers) or subject.problem.capability("layers")()
+            mine, original, *theirs = (
+                self._grams(s, layers, ids) for s in (subject, subject.original(), *references)
+            )
             findings.append(
                 _finding(
-                    f"cka/reference{suffix}", to_them, detail, "up", among, float(np.mean(before))
+                    names[0], "reference", layers, mine, [original],
+                    [layerwise(t, original) for t in theirs], [1.0], NO_REFERENCE,
                 )
-            )
+            )  # fmt: skip
+            if not theirs:
+                findings.append(Finding(names[1], None, "up", reason=NO_REFERENCE))
+                continue
+            findings.append(
+                _finding(
+                    names[1], "up", layers, mine, theirs,
+                    [layerwise(a, b) for a, b in itertools.combinations(theirs, 2)],
+                    [float(np.mean(layerwise(original, t))) for t in theirs],
+                    "one reference: the similarity among references is unknown",
+                )
+            )  # fmt: skip
         return findings
 
     def _pick(self, ids: Tensor, runtime: Runtime) -> Tensor:
@@ -94,21 +99,41 @@ class CKA(Audit):
         return ids[order[: self.samples]].sort().values
 
     @torch.no_grad()
-    def _grams(self, subject: Subject, ids: Tensor) -> tuple[list[Tensor], list[str]]:
+    def _grams(self, subject: Subject, layers: list[str], ids: Tensor) -> list[Tensor]:
         """Centred Gram matrix [n, n] of each layer; kept with the subject, which is asked often."""
         kept: dict[Any, Any] = subject.__dict__.setdefault("_grams", {})
-        key = (self.layers, tuple(ids.tolist()))
+        key = (tuple(layers), tuple(ids.tolist()))
         if key not in kept:
-            problem = subject.problem
-            names = list(self.layers) or problem.capability("layers")()
-            read = problem.capability("features")
-            parts: dict[str, list[Tensor]] = {n: [] for n in names}
-            for batch in problem.train.batches(128, ids):
-                found = read(subject.model, batch.to(subject.runtime.device), names)
-                for n in names:
-                    parts[n].append(found[n].float())
-            kept[key] = ([gram(torch.cat(parts[n])) for n in names], names)
+            read = subject.problem.capability("features")
+
+            def features(some: list[str], of: Tensor) -> dict[str, Tensor]:
+                parts = [
+                    read(subject.model, batch.to(subject.runtime.device), some)
+                    for batch in subject.problem.train.batches(64, of)
+                ]
+                return {n: torch.cat([p[n].float() for p in parts]) for n in some}
+
+            widths = {n: f.shape[1] for n, f in features(layers, ids[:1]).items()}
+            kept[key] = [
+                gram(found[n])
+                for group in groups(widths, HELD // len(ids))
+                for found in [features(group, ids)]
+                for n in group
+            ]
         return kept[key]
+
+
+def groups(widths: Mapping[str, int], most: int) -> list[list[str]]:
+    """Split layers, in order, into runs whose widths add up to at most `most` (or one layer)."""
+    found: list[list[str]] = []
+    room = 0
+    for name, width in widths.items():
+        if not found or width > room:
+            found.append([])
+            room = most
+        found[-1].append(name)
+        room -= width
+    return found
 
 
 def gram(features: Tensor) -> Tensor:
@@ -128,27 +153,59 @@ def layerwise(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
     return [linear_cka(x, y) for x, y in zip(a, b, strict=True)]
 
 
-def mean_over(rows: Sequence[Sequence[float]]) -> list[float]:
-    """Mean of each layer over models."""
-    return np.mean(rows, axis=0).tolist()
+def jackknife(mine: Sequence[Tensor], others: Sequence[Sequence[Tensor]], parts: int = 10) -> float:
+    """Standard error over samples of the mean CKA, leaving out one of `parts` groups at a time.
+
+    Args:
+        mine: centred Gram matrices [n, n] of one model's layers.
+        others: the same of the models it is compared with.
+        parts: number of groups, at most n.
+
+    Returns:
+        The standard error.
+    """
+    n = len(mine[0])
+    found = []
+    for part in range(parts):
+        keep = torch.arange(n) % parts != part
+        left = [_centred(g[keep][:, keep]) for g in mine]
+        right = [[_centred(g[keep][:, keep]) for g in other] for other in others]
+        found.append(np.mean([layerwise(left, r) for r in right]))
+    return math.sqrt((parts - 1) * float(np.var(found)))
+
+
+def _centred(g: Tensor) -> Tensor:
+    return g - g.mean(0) - g.mean(1, keepdim=True) + g.mean()
 
 
 def _finding(
     name: str,
-    values: Sequence[float],
-    detail: dict[str, Any],
-    direction: Any,
-    theirs: Sequence[Sequence[float]],
-    original: float,
+    direction: Direction,
+    layers: list[str],
+    mine: Sequence[Tensor],
+    others: Sequence[Sequence[Tensor]],
+    beside: Sequence[Sequence[float]],
+    original: Sequence[float],
+    alone: str,
 ) -> Finding:
-    means = [float(np.mean(t)) for t in theirs]
+    values = np.mean([layerwise(mine, o) for o in others], axis=0)
+    value = float(values.mean())
+    if not np.isfinite(value):
+        return Finding(name, None, direction, reason="a model gives NaN or infinite features")
+    detail = {"layers": layers, "values": values.tolist()}
+    if beside:
+        detail["reference_values"] = np.mean(beside, axis=0).tolist()
+    means = [float(np.mean(b)) for b in beside]
+    half = T9 * jackknife(mine, others)
     return Finding(
         name,
-        float(np.mean(values)),
+        value,
         direction,
+        low=max(0.0, value - half),
+        high=max(value, min(1.0, value + half)),
         reference=float(np.mean(means)) if means else None,
         floor=float(np.ptp(means)) if len(means) > 1 else None,
-        original=original,
-        reason=None if means else "too few retrained references to compare with",
+        original=float(np.mean(original)),
+        reason=None if means else alone,
         detail=detail,
     )

@@ -41,7 +41,7 @@ class CostAudit(Audit):
     ) -> list[Finding]:
         """Five findings; without a run behind the model they say so."""
         seconds = [r.seconds for r in references if r.seconds is not None]
-        retraining = float(np.mean(seconds)) if seconds else None
+        retraining = float(np.mean(seconds)) if any(seconds) else None
         none = "the model was given, not made by a run"
         findings = [
             Finding(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from expunge.audits._intervals import mean_interval
-from expunge.audits.accuracy import missing
+from expunge.audits._splits import NO_REFERENCE, unusable
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.needs import Card, Needs
 from expunge.core.runtime import Runtime
@@ -51,9 +51,8 @@ class Divergence(Audit):
         """Two findings a split."""
         findings = []
         for split in SPLITS:
-            why = missing(subject, split)
-            if not references:
-                why = why or "no retrained reference to compare with"
+            compared = [subject, *references, subject.original()]
+            why = unusable(compared, split, labels=False) if references else NO_REFERENCE
             for kind, measure in (("js", js_each), ("kl", kl_each)):
                 name = f"divergence/{kind}-{split}"
                 if why:

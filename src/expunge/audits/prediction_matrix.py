@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from expunge.audits._splits import NO_REFERENCE, NO_TEST, unusable
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.needs import Card, Needs
 from expunge.core.runtime import Runtime
@@ -18,7 +19,8 @@ class PredictionMatrix(Audit):
     r"""Row-normalised true × predicted matrix \(M\), and how far it is from retraining.
 
     Value: \(\frac{1}{C}\sum_c \frac12\sum_k |M_{ck} - \bar M_{ck}|\), the mean total variation
-    between the rows and those of the references' mean matrix; 0 is equal, 1 is disjoint.
+    between the rows and those of the references' mean matrix; 0 is equal, 1 is disjoint. C counts
+    the classes that have test samples.
     """
 
     name: ClassVar[str] = "prediction-matrix"
@@ -41,12 +43,15 @@ class PredictionMatrix(Audit):
     ) -> list[Finding]:
         """One finding with both matrices in its detail."""
         if "retain-test" not in subject.splits:
-            return [Finding(f"{self.name}/test", None, "down", reason="there is no test data")]
+            return [Finding(f"{self.name}/test", None, "down", reason=NO_TEST)]
+        for split in _there(subject):
+            why = unusable([subject, *references, subject.original()], split, finite=False)
+            if why:
+                return [Finding(f"{self.name}/test", None, "down", reason=why)]
         matrix, counts = confusion(subject)
         detail = {"matrix": matrix.tolist(), "counts": counts.tolist()}
         if not references:
-            why = "no retrained reference to compare with"
-            return [Finding(f"{self.name}/test", None, "down", reason=why, detail=detail)]
+            return [Finding(f"{self.name}/test", None, "down", reason=NO_REFERENCE, detail=detail)]
         others = [confusion(r)[0] for r in references]
         mean = np.mean(others, axis=0)
         detail["reference_matrix"] = mean.tolist()
@@ -70,9 +75,7 @@ class PredictionMatrix(Audit):
 def confusion(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     """Row-normalised matrix [C, C] (true × predicted) and counts, over all test samples."""
     counts: np.ndarray | None = None
-    for split in ("forget-test", "retain-test"):
-        if not len(subject.splits[split]):
-            continue
+    for split in _there(subject):
         logits = subject.logits(split)
         part = np.zeros((logits.shape[1], logits.shape[1]), dtype=np.int64)
         np.add.at(part, (subject.labels(split).numpy(), logits.argmax(1).numpy()), 1)
@@ -83,4 +86,9 @@ def confusion(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """Mean total variation between the rows of two matrices."""
-    return float(np.abs(a - b).sum(1).mean() / 2)
+    there = a.sum(1) > 0  # a class without test samples has an empty row in every matrix
+    return float(np.abs(a - b)[there].sum(1).mean() / 2)
+
+
+def _there(subject: Subject) -> list[str]:
+    return [s for s in ("forget-test", "retain-test") if len(subject.splits[s])]

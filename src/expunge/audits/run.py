@@ -38,8 +38,13 @@ def run_audits(
     Returns:
         All findings. An audit whose needs are not met gives one finding without a value and the
         reason, so that the rest of a suite still runs.
+
+    Raises:
+        NeedsError: the needs of an audit that was asked for by its own name are not met.
     """
     chosen = audit_list(audits)
+    by_name = [] if isinstance(audits, str) and audits in SUITES else audits
+    named = {by_name} if isinstance(by_name, str) else {a for a in by_name if isinstance(a, str)}
     findings: list[Finding] = []
     with runtime.task("audit", len(chosen)) as task:
         for audit in chosen:
@@ -47,6 +52,8 @@ def run_audits(
                 audit.needs.check(audit.name, subject.problem)
                 findings += audit.run(subject, references, runtime)
             except NeedsError as error:
+                if audit.name in named:
+                    raise
                 findings.append(Finding(f"{audit.name}/all", None, reason=str(error)))
             task.advance()
     return findings

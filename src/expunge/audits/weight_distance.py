@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import nn
 
+from expunge.audits._splits import NO_REFERENCE
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.needs import Card, Needs
 from expunge.core.runtime import Runtime
@@ -45,6 +47,12 @@ class WeightDistance(Audit):
     ) -> list[Finding]:
         """Two findings."""
         original = subject.original().model
+        if shapes(subject.model) != shapes(original):
+            why = "the model has other parameters than the original"
+            return [
+                Finding("weight-distance/original", None, reason=why),
+                Finding("weight-distance/reference", None, "down", reason=why),
+            ]
         moved = Finding(
             "weight-distance/original",
             distance(subject.model, original),
@@ -53,8 +61,8 @@ class WeightDistance(Audit):
             **against([distance(r.model, original) for r in references]),
         )
         if not references:
-            why = "no retrained reference to compare with"
-            return [moved, Finding("weight-distance/reference", None, "down", reason=why)]
+            alone = Finding("weight-distance/reference", None, "down", reason=NO_REFERENCE)
+            return [moved, alone]
         among = [distance(a.model, b.model) for a, b in itertools.permutations(references, 2)]
         apart = Finding(
             "weight-distance/reference",
@@ -66,6 +74,11 @@ class WeightDistance(Audit):
             reason=None if among else "one reference: the distance among references is unknown",
         )
         return [moved, apart]
+
+
+def shapes(model: nn.Module) -> list[tuple[str, torch.Size]]:
+    """Names and shapes of a model's parameters."""
+    return [(name, p.shape) for name, p in model.named_parameters()]
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:

@@ -141,10 +141,12 @@ def request_from(
     *,
     seed: int = 0,
     default: Request | None = None,
+    model: str | None = None,
 ) -> Request:
-    """Turn the request options into one request.
+    """Turn the request options into one request; labels in a file may be names of `model`'s classes.
 
     Raises:
+        ModelError: the model's classes cannot be read.
         RequestError: none or several forms were given.
     """
     from expunge.core.errors import RequestError
@@ -158,9 +160,11 @@ def request_from(
             "say what to forget with exactly one of --forget, --label, --ids, --where, --fraction"
         )
     if forget is not None:
-        from expunge.problems.data_on_disk import read_forget_file
+        from expunge.problems.forget_file import read_forget_file
+        from expunge.problems.models_on_disk import class_names, model_config, model_folder
 
-        return read_forget_file(forget)
+        classes = class_names(model_config(model_folder(model))) if model else []
+        return read_forget_file(forget, classes)
     if ids is not None:
         return make(ids=tuple(i.strip() for i in ids.split(",") if i.strip()))
     if label:

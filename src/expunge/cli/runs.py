@@ -86,12 +86,14 @@ def diff(
     if as_json:
         print_json([{"path": path, "a": left, "b": right} for path, left, right in found])
         return
-    _table(("path", opened.get(a).id, opened.get(b).id), found, "no difference")
+    # Every digit: a table of differences must not show two values that look the same.
+    rows = ([repr(v) if isinstance(v, float) else v for v in line] for line in found)
+    _table(("path", opened.get(a).id, opened.get(b).id), rows, "no difference")
 
 
 @app.command("export")
 def export_runs(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Runs to export.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Runs to export.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .tar file.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     store: StoreOption = None,
@@ -169,7 +171,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], nothing: str) 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column == "id")
     for row in rows:

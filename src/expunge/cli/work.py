@@ -66,16 +66,20 @@ def unlearn(
 ) -> None:
     """Make a model forget; with --out, write the model that forgot."""
     from expunge.methods import registry
+    from expunge.problems.models_on_disk import check_out_folder
     from expunge.store import Store
     from expunge.suite.bench import Bench
     from expunge.suite.compare import make_method
 
     passed = settings_from(settings)
     registry.get(method).create(passed)  # complain before anything is loaded
-    _free(out)
+    if out is not None:
+        check_out_folder(out)  # before any work
     with make_runtime(device, seed, threads) as runtime:
         bench = Bench(Store.open(store), runtime)
-        request = None if workload else request_from(forget, label, ids, where, fraction, seed=seed)
+        request = None
+        if not workload:  # a mistake here is said before anything is loaded
+            request = request_from(forget, label, ids, where, fraction, seed=seed, model=model)
         problem = problem_from(bench, workload, model, data, test, recipe)
         if request is None:
             usual = _usual_request(workload)
@@ -188,7 +192,7 @@ def compare(
     with make_runtime(device, threads=threads) as runtime:
         bench = Bench(Store.open(store), runtime)
         usual = _usual_request(workload)
-        request = request_from(forget, label, ids, where, fraction, default=usual)
+        request = request_from(forget, label, ids, where, fraction, default=usual, model=model)
         problem = problem_from(bench, workload, model, data, test, recipe)
         found = run_compare(
             problem, request, names, seeds=numbers, references=references, audits=_audits(audits), bench=bench
@@ -235,18 +239,6 @@ def _audits(names: str) -> str | list[str]:
     from expunge.audits import SUITES
 
     return names if names in SUITES else [n.strip() for n in names.split(",") if n.strip()]
-
-
-def _free(out: str | None) -> None:
-    """Refuse a folder that holds something, before any work."""
-    from expunge.core.errors import UserError
-
-    if (
-        out is not None
-        and Path(out).exists()
-        and (not Path(out).is_dir() or any(Path(out).iterdir()))
-    ):
-        raise UserError(f"{out} is already there; name a new folder")
 
 
 def _write(outcome: Outcome, run: str, out: str | None, model: str | None) -> str | None:

@@ -122,6 +122,7 @@ def fit(
             raise NeedsError(
                 "batch statistics cannot be shared between processes; use norm=frozen with several processes"
             )
+        forward = {k: v for k, v in vars(model).items() if k == "forward"}
         wrapped, prepared = accelerator.prepare(model, optimizer)
         task.advance(first_epoch)
         for epoch in range(first_epoch, epochs):
@@ -139,7 +140,12 @@ def fit(
                     if index + 1 == skip:  # before the next batch is read: reading may be random
                         keeper.resume()
                     continue
+                lone = norm == "train" and _smallest(batch) == 1
+                if lone:  # one sample has no variance: it is normalised as at inference
+                    train_mode(model, "frozen")
                 loss = loss_of(wrapped, batch)
+                if lone:
+                    train_mode(model, norm)
                 value = float(runtime.sum(loss.detach().clone())) / runtime.processes
                 result.stopped = _why_stop(value, result.steps, stop, runtime, keeper.elapsed())
                 if not math.isfinite(value):
@@ -177,7 +183,9 @@ def fit(
             if result.stopped:
                 runtime.reporter.say(f"{stage} stopped: {result.stopped}")
                 break
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # takes autocast off again
+        for name in ("forward", "_original_forward"):  # mixed precision wraps the forward
+            vars(model).pop(name, None)
+        vars(model).update(forward)
     if keeper.sound is not None and not all(bool(p.isfinite().all()) for p in moving.values()):
         model.load_state_dict(keeper.sound)
         result.stopped = f"weights were no longer finite after step {result.steps}; {_PUT_BACK}"
@@ -224,6 +232,10 @@ def _copy(model: nn.Module) -> dict[str, Tensor]:
 
 def _count(batch: Any) -> int:
     return len(batch) if isinstance(batch, Batch) else sum(_count(part) for part in batch)
+
+
+def _smallest(batch: Any) -> int:
+    return len(batch) if isinstance(batch, Batch) else min(map(_smallest, batch), default=0)
 
 
 def _why_stop(

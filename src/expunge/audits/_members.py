@@ -1,0 +1,154 @@
+"""Who stands for samples never seen, and how groups of scores are told apart."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expunge.audits._intervals import Z95
+from expunge.audits._splits import FEWEST
+from expunge.core.audit import Subject
+from expunge.core.runtime import Runtime
+
+Places = dict[str, Tensor]
+"""Positions within splits, by split."""
+
+
+def nonmembers(subject: Subject, how: str, runtime: Runtime) -> tuple[Places | None, str]:
+    """Choose test samples to stand for non-members.
+
+    `matched` draws them so that class shares equal those of the forget set, as many as the
+    scarcest class allows: a non-member set with other classes would make any audit look good.
+
+    Args:
+        subject: gives the splits and labels; its model is not used.
+        how: `matched` or `test` (all test samples).
+        runtime: seeds the draw.
+
+    Returns:
+        Positions by split and a description, or None and the reason.
+    """
+    splits = [s for s in ("forget-test", "retain-test") if len(subject.splits[s])]
+    if how == "test":
+        return {s: torch.arange(len(subject.splits[s])) for s in splits}, "all test samples"
+    wanted = subject.labels("forget-train").bincount()
+    labels = torch.cat([subject.labels(s) for s in splits])
+    there = labels.bincount(minlength=len(wanted))[: len(wanted)]
+    present = wanted.nonzero().flatten()
+    if not int(there[present].min()):
+        lacking = int(present[there[present].argmin()])
+        return None, f"the test data has no sample of class {lacking}, which the forget set holds"
+    scale = float((there[present].double() / wanted[present]).min())
+    generator = runtime.generator("membership", "non-members")
+    drawn = []
+    for c in present.tolist():
+        pool = (labels == c).nonzero().flatten()
+        take = min(max(round(int(wanted[c]) * scale), 1), len(pool))
+        drawn.append(pool[torch.randperm(len(pool), generator=generator)[:take]])
+    chosen = torch.cat(drawn).sort().values
+    if len(chosen) < FEWEST:
+        return (
+            None,
+            f"only {len(chosen)} test samples match the forget set's classes, {FEWEST} are needed",
+        )
+    places, offset = {}, 0
+    for s in splits:
+        size = len(subject.splits[s])
+        inside = chosen[(chosen >= offset) & (chosen < offset + size)] - offset
+        if len(inside):
+            places[s] = inside
+        offset += size
+    return places, f"{len(chosen)} test samples with the forget set's class shares"
+
+
+def best_threshold(forget: np.ndarray, out: np.ndarray) -> float:
+    """The cut between two scores with the best balanced accuracy, in either direction."""
+    values = np.unique(np.concatenate([forget, out]))
+    if len(values) == 1:
+        return float(values[0])
+    cuts = (values[1:] + values[:-1]) / 2
+    above_f = 1 - np.searchsorted(np.sort(forget), cuts) / len(forget)
+    above_o = 1 - np.searchsorted(np.sort(out), cuts) / len(out)
+    return float(cuts[np.abs(above_f - above_o).argmax()])
+
+
+def histograms(groups: dict[str, np.ndarray], bins: int = 30) -> dict[str, list[float]]:
+    """Shares a bin for each group over common edges (1st to 99th percentile), outliers at the ends.
+
+    Returns:
+        `edges` (bins + 1 numbers) and one list of shares a group, each summing to 1.
+    """
+    low, high = np.percentile(np.concatenate(list(groups.values())), [1, 99])
+    # equal scores still need a bin of some width, at any magnitude
+    edges = np.linspace(low, high if high > low else low + max(1e-9, abs(low) * 1e-6), bins + 1)
+    shares = {
+        name: (np.histogram(np.clip(x, edges[0], edges[-1]), edges)[0] / len(x)).tolist()
+        for name, x in groups.items()
+    }
+    return {"edges": edges.tolist(), **shares}
+
+
+def efficacy(
+    attacker: str, member: np.ndarray, outside: np.ndarray, forget: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Fit an attacker on half of two groups, score it on the other half, and judge the forget set.
+
+    Args:
+        attacker: `svc` (C = 3, γ = 1, RBF kernel) or `logistic` (standardised).
+        member: scores [k] of retain samples, in random order, k even.
+        outside: scores [k] of test samples, in random order.
+        forget: scores [n].
+
+    Returns:
+        Which forget samples are called non-members [n], and the attacker's held-out accuracy.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+
+    model = (
+        SVC(C=3, gamma="auto", kernel="rbf")
+        if attacker == "svc"
+        else make_pipeline(StandardScaler(), LogisticRegression())
+    )
+    y = np.repeat([1, 0], len(member) // 2)
+    model.fit(np.concatenate([member[0::2], outside[0::2]])[:, None], y)
+    held_out = np.concatenate([member[1::2], outside[1::2]])[:, None]
+    accuracy = float((model.predict(held_out) == y).mean())
+    return model.predict(forget[:, None]) == 0, accuracy
+
+
+def attack_accuracy(
+    forget: np.ndarray, out: np.ndarray, generator: torch.Generator
+) -> tuple[float, float, float]:
+    """Balanced accuracy of logistic regression on the loss, clipped to [−100, 100].
+
+    Five stratified shuffle splits of as many forget samples as non-members, a fifth held out.
+
+    Args:
+        forget: losses [n], n ≥ 10.
+        out: losses [m], m ≥ 10.
+        generator: draws the larger side down to the smaller one.
+
+    Returns:
+        The accuracy and its 95 % interval, none of them folded.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
+
+    size = min(len(forget), len(out))
+    drawn = [x[torch.randperm(len(x), generator=generator).numpy()[:size]] for x in (forget, out)]
+    x = np.clip(np.concatenate(drawn), -100, 100)[:, None]
+    y = np.repeat([1, 0], size)
+    splits = StratifiedShuffleSplit(n_splits=5, test_size=0.2, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an optimiser that stops early still gives an attacker
+        got = cross_val_score(LogisticRegression(), x, y, cv=splits, scoring="balanced_accuracy")
+    mean = float(got.mean())
+    # held-out parts overlap between splits: the error is taken as that of one of them
+    half = Z95 * float(np.sqrt(max(mean * (1 - mean), 1e-4) / max(1, 0.4 * size)))
+    return mean, max(0.0, mean - half), min(1.0, mean + half)

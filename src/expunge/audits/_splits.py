@@ -1,0 +1,62 @@
+"""Why a split cannot be measured: in one place, so that every audit says it in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from expunge.core.audit import Subject
+
+NO_REFERENCE = "no retrained reference to compare with"
+NO_TEST = "there is no test data"
+FEWEST = 10
+"""Fewer samples than this say nothing."""
+
+
+def missing(subject: Subject, split: str, *, labels: bool = True) -> str | None:
+    """Why there is nothing to predict on a split, or None.
+
+    Args:
+        subject: the model under audit.
+        split: e.g. `forget-test`.
+        labels: whether true labels are needed.
+
+    Returns:
+        One clause for `Finding.reason`.
+    """
+    if split not in subject.splits:
+        return NO_TEST
+    if not len(subject.splits[split]):
+        if split != "forget-test":
+            return "no sample is left on this side"
+        if subject.request.label is None:
+            return "no whole class was forgotten, so no test sample belongs to the request"
+        return "the test data has no sample of the forgotten class"
+    if labels and subject.data_of(split).labels is None:
+        return f"the {'test' if split.endswith('test') else 'training'} data has no labels"
+    return None
+
+
+def unusable(
+    subjects: Sequence[Subject], split: str, *, labels: bool = True, finite: bool = True
+) -> str | None:
+    """Why predictions on a split cannot be scored, or None.
+
+    Args:
+        subjects: the model under audit and those it is compared with.
+        split: e.g. `forget-train`.
+        labels: whether true labels are needed.
+        finite: whether infinite logits are in the way too, not only NaN.
+
+    Returns:
+        One clause for `Finding.reason`.
+    """
+    why = missing(subjects[0], split, labels=labels)
+    if why:
+        return why
+    for subject in subjects:
+        logits = subject.logits(split)
+        if bool(torch.isnan(logits).any()) or (finite and not bool(torch.isfinite(logits).all())):
+            return f"a model gives NaN{' or infinite' if finite else ''} outputs on {split}"
+    return None

@@ -1,0 +1,69 @@
+"""Models that are tables: every prediction of every sample is set by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from expunge.core.audit import Subject
+from expunge.core.data import Data
+from expunge.core.request import Request
+from expunge.core.runtime import Runtime
+from expunge.problems.classification import Classification
+
+
+class Table(nn.Module):
+    """Row x of the table is the prediction for input x."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.rows = nn.Parameter(logits.float())
+
+    def forward(self, x):
+        return self.rows[x[:, 0].long()]
+
+
+@pytest.fixture
+def tables():
+    """`tables(y, y_test, request, original, *others)` gives one subject a table of logits.
+
+    Rows are training samples, then test samples. `order` permutes how they are stored.
+    """
+
+    def make(y, y_test, request, *logits, order=None, order_test=None, runtime=None):
+        n, m = len(y), 0 if y_test is None else len(y_test)
+        x = torch.arange(n + m).float()[:, None]
+        order = torch.arange(n) if order is None else order
+        train = Data((x[:n][order], torch.as_tensor(y)[order]), ids=order)
+        test = None
+        if m:
+            order_test = torch.arange(m) if order_test is None else order_test
+            test = Data((x[n:][order_test], torch.as_tensor(y_test)[order_test]), ids=order_test)
+        problem = Classification(Table(logits[0]), train, test)
+        runtime = runtime or Runtime()
+        return [Subject(Table(rows), problem, request, runtime) for rows in logits]
+
+    return make
+
+
+@pytest.fixture
+def by_name():
+    return lambda findings: {f.name: f for f in findings}
+
+
+@pytest.fixture
+def margins():
+    """Two-class logits whose log-odds for the true class are given."""
+
+    def make(labels, odds):
+        logits = torch.zeros(len(labels), 2)
+        logits[torch.arange(len(labels)), torch.as_tensor(labels)] = torch.as_tensor(odds).float()
+        return logits
+
+    return make
+
+
+@pytest.fixture
+def some_ids():
+    return lambda n: Request(ids=tuple(range(n)))

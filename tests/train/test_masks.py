@@ -1,0 +1,186 @@
+"""Masks: which coordinates a `train=` choice lets move."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from expunge.core.data import Data
+from expunge.core.errors import AccessError, NeedsError, SettingError
+from expunge.core.needs import Needs
+from expunge.core.request import Request
+from expunge.core.runtime import Runtime
+from expunge.core.view import View
+from expunge.problems.classification import Classification
+from expunge.train.masks import only, parse, resolve_mask, saliency
+
+FORGOTTEN = Request(ids=(1, 3, 4, 7, 8))
+LABELLED = Needs(forget=True, labels="forget")
+
+
+@pytest.fixture
+def problem() -> Classification:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(1, 2, 3),
+        nn.BatchNorm1d(2),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(5, 3),
+    )
+    data = Data((torch.randn(12, 1, 6), [0, 1, 2] * 4))
+    return Classification(model, data, roles={"first": ["0"], "ends": ["0", "6"], "typo": ["7"]})
+
+
+def view(problem, needs=LABELLED, runtime=None) -> View:
+    return View(problem, FORGOTTEN, needs, runtime or Runtime())
+
+
+def moving(mask) -> set[str]:
+    for m in mask.values():
+        assert bool(m.all()) or not bool(m.any())
+    return {n for n, m in mask.items() if bool(m.all())}
+
+
+def resolve(problem, spec):
+    runtime = Runtime()
+    seen = view(problem, runtime=runtime)
+    return resolve_mask(spec, seen.model(), seen, runtime)
+
+
+# ------------------------------------------------------------------ layers and roles
+
+
+def test_full_is_no_mask(problem):
+    assert resolve(problem, "full") is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "layers"),
+    [
+        ("last(1)", ["6"]),
+        ("last(2)", ["3", "6"]),
+        ("last(3)", ["0", "3", "6"]),
+        ("last(99)", ["0", "3", "6"]),
+        ("role(first)", ["0"]),
+        ("role(ends)", ["0", "6"]),
+        ("role(last layer)", ["6"]),
+    ],
+)
+def test_layers_move_whole(problem, spec, layers):
+    mask = resolve(problem, spec)
+    assert moving(mask) == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    parameters = dict(problem.model.named_parameters())
+    assert {n: m.shape for n, m in mask.items()} == {n: p.shape for n, p in parameters.items()}
+
+
+def test_a_name_is_not_taken_for_the_beginning_of_another():
+    model = nn.ModuleDict({"head": nn.Linear(2, 2), "header": nn.Linear(2, 2)})
+    assert moving(only(model, ["head"])) == {"head.weight", "head.bias"}
+
+
+def test_what_lets_nothing_move_is_refused(problem):
+    with pytest.raises(SettingError, match="no parameter in 7"):
+        resolve(problem, "role(typo)")
+    with pytest.raises(NeedsError, match="'attention'"):
+        resolve(problem, "role(attention)")
+    with pytest.raises(SettingError, match="no weight may move"):
+        resolve(problem, "saliency(0.001)")
+    norm = Classification(nn.BatchNorm1d(3), (torch.randn(4, 3), [0, 1, 2, 0]))
+    runtime = Runtime()
+    seen = View(norm, Request(ids=(1,)), LABELLED, runtime)
+    with pytest.raises(SettingError, match="linear or convolution"):
+        resolve_mask("last(1)", seen.model(), seen, runtime)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "", "all", "full(1)", "full()", "last", "last()", "last(0)", "last(-1)", "last(1.5)",
+        "last(x)", "role", "role()", "saliency", "saliency(0)", "saliency(1.1)", "saliency(-0.1)",
+        "saliency(nan)", "saliency(x)", "last(1) ;", "LAST(1)",
+    ],
+)  # fmt: skip
+def test_choices_that_are_none_are_refused(spec):
+    with pytest.raises(SettingError, match="train="):
+        parse(spec)
+
+
+def test_choices_are_checked_when_the_method_is_made():
+    from expunge.methods.general.finetune import FineTune
+
+    with pytest.raises(SettingError, match="lasst"):
+        FineTune(train="lasst(1)")
+    assert FineTune(train=" last(1) ").train == " last(1) "
+
+
+# ------------------------------------------------------------------ saliency
+
+
+def by_hand(problem, batch_size) -> torch.Tensor:
+    """|sum over batches of the gradient of the batch mean|, by plain autograd in eval mode."""
+    ids = FORGOTTEN.resolve(problem.train)
+    total = None
+    for chunk in ids.split(batch_size):
+        batch = problem.train.fetch(chunk)
+        problem.model.zero_grad()
+        cross_entropy(problem.model.eval()(batch.x), batch.y).backward()
+        flat = torch.cat([p.grad.flatten() for p in problem.model.parameters()])
+        total = flat.clone() if total is None else total + flat
+    problem.model.zero_grad()
+    return total.abs()
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
+def test_saliency_takes_the_largest_and_exactly_the_share(problem, share, batch_size):
+    runtime = Runtime()
+    seen = view(problem, runtime=runtime)
+    mask = saliency(seen.model(), seen, runtime, share=share, batch_size=batch_size)
+    chosen = torch.cat([m.flatten() for m in mask.values()])
+    gradient = by_hand(problem, batch_size)
+    count = int(share * len(gradient))
+    assert int(chosen.sum()) == count
+    if count < len(gradient):
+        assert float(gradient[chosen].min()) >= float(gradient[~chosen].max()) - 1e-7
+    assert list(mask) == [n for n, _ in problem.model.named_parameters()]
+    assert (runtime.cost.samples, runtime.cost.gradients) == (5, 5)
+
+
+def test_ties_go_to_the_first_positions():
+    """Dead units have gradient zero; which of them are taken must not depend on the sort."""
+    model = nn.Linear(4, 2)
+    nn.init.zeros_(model.weight)
+    problem = Classification(model, (torch.zeros(6, 4), [0, 1] * 3))
+    runtime = Runtime()
+    seen = View(problem, Request(ids=(0, 2)), LABELLED, runtime)
+    mask = saliency(seen.model(), seen, runtime, share=0.5)
+    assert mask["bias"].tolist() == [True, True]
+    assert mask["weight"].flatten().tolist() == [True] * 3 + [False] * 5
+
+
+def test_saliency_leaves_the_model_alone(problem):
+    seen = view(problem)
+    model = seen.model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    saliency(model, seen, Runtime(), share=0.5)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_saliency_needs_the_labels_of_the_forget_side(problem):
+    for needs in (Needs(retain=True), Needs(forget=True, labels="retain")):
+        seen = view(problem, needs)
+        with pytest.raises(AccessError):
+            saliency(seen.model(), seen, Runtime(), share=0.5)
+
+
+def test_saliency_passes_over_frozen_parameters(problem):
+    problem.model[0].requires_grad_(False)
+    seen = view(problem)
+    mask = saliency(seen.model(), seen, Runtime(), share=0.3)
+    assert not bool(mask["0.weight"].any())

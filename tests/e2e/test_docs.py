@@ -153,6 +153,13 @@ def test_documented_command_exists_with_its_options(page, line):
     assert set(filter(None, listed.split(","))) <= {*methods, "NAME"}
 
 
+def test_documented_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {t for text in TEXT.values() for t in re.findall(r"`make ([a-z]+)`", text)}
+    assert named <= targets
+    assert {"demo", "test", "acceptance", "benchmarks"} <= named
+
+
 # ------------------------------------------------------------------ the JSON that scripts read
 
 

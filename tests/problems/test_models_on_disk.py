@@ -4,13 +4,10 @@ import importlib
 import json
 import pickle
 import resource
-import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from disk_forms import VIT, one_line, set_config, settings
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
@@ -25,55 +22,15 @@ from transformers import (
     ViTModel,
 )
 
-from expunge.core.errors import DataError, ExpungeError, ModelError, UserError
+from expunge.core.errors import ExpungeError, ModelError, UserError
 from expunge.core.outcome import REBUILDERS
-from expunge.problems.models_on_disk import (
-    load_image_classifier,
-    preprocessing,
-    save_image_classifier,
-)
-
-torch.set_num_threads(1)
-VIT = {
-    "image_size": 8,
-    "patch_size": 4,
-    "num_channels": 1,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "num_labels": 10,
-}
+from expunge.problems.models_on_disk import load_image_classifier, save_image_classifier
 
 
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "vit"
-    ViTForImageClassification(ViTConfig(**VIT)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(vit, tmp_path):
-    return Path(shutil.copytree(vit, tmp_path / "copy"))
-
-
-def one_line(error):
-    text = str(error.value)
-    assert text
-    assert "\n" not in text
-    return text
-
-
-def settings(folder, name, **values):
-    (folder / name).write_text(json.dumps(values))
-
-
-def test_a_loaded_vit_has_the_weights_of_its_file_and_says_nothing(vit, capfd):
-    model = load_image_classifier(str(vit))
+def test_a_loaded_vit_has_the_weights_of_its_file_and_says_nothing(plain_vit, capfd):
+    model = load_image_classifier(str(plain_vit))
     assert not model.training
-    stored = sorted(t.sum().item() for t in load_file(vit / "model.safetensors").values())
+    stored = sorted(t.sum().item() for t in load_file(plain_vit / "model.safetensors").values())
     assert sorted(t.sum().item() for t in model.state_dict().values()) == stored
     assert capfd.readouterr() == ("", "")
 
@@ -115,9 +72,9 @@ def test_other_architectures_load_save_and_load_again(tmp_path):
             assert torch.equal(again(x).logits, wanted)
 
 
-def test_per_sample_gradients_by_vmap_equal_a_loop(vit):
+def test_per_sample_gradients_by_vmap_equal_a_loop(plain_vit):
     # warnings are errors here: the attention in use must have a batching rule
-    model = load_image_classifier(str(vit))
+    model = load_image_classifier(str(plain_vit))
     parameters = dict(model.named_parameters())
     x, y = torch.rand(4, 1, 8, 8), torch.tensor([1, 5, 0, 9])
 
@@ -132,15 +89,15 @@ def test_per_sample_gradients_by_vmap_equal_a_loop(vit):
             assert torch.allclose(together[name][i], p.grad, atol=1e-5), name
 
 
-def test_half_precision_weights_become_float32(vit, tmp_path):
-    half = ViTForImageClassification.from_pretrained(vit).half()
+def test_half_precision_weights_become_float32(plain_vit, tmp_path):
+    half = ViTForImageClassification.from_pretrained(plain_vit).half()
     half.save_pretrained(tmp_path / "half")
     model = load_image_classifier(str(tmp_path / "half"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_shards_are_read_and_a_lost_one_is_named(vit, tmp_path):
-    model = ViTForImageClassification.from_pretrained(vit)
+def test_shards_are_read_and_a_lost_one_is_named(plain_vit, tmp_path):
+    model = ViTForImageClassification.from_pretrained(plain_vit)
     model.save_pretrained(tmp_path / "parts", max_shard_size="30KB")
     shards = sorted((tmp_path / "parts").glob("model-*.safetensors"))
     assert len(shards) > 1
@@ -189,23 +146,15 @@ def only_bin(folder):
     (folder / "model.safetensors").unlink()
 
 
-def config(**values):
-    def damage(folder):
-        old = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(old | values))
-
-    return damage
-
-
 BAD_MODELS = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{no"), "config.json"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "no settings"),
     "no model type": (lambda f: (f / "config.json").write_text("{}"), "model_type"),
-    "unknown type": (config(model_type="notamodel"), "notamodel"),
-    "a text model": (config(model_type="bert"), "bert model, which is no image classifier"),
-    "wrong type of a value": (config(hidden_size="x"), "hidden_size"),
+    "unknown type": (set_config(model_type="notamodel"), "notamodel"),
+    "a text model": (set_config(model_type="bert"), "bert model, which is no image classifier"),
+    "wrong type of a value": (set_config(hidden_size="x"), "hidden_size"),
     "adapter": (lambda f: settings(f, "adapter_config.json", r=4), "adapter"),
     "only a pickle": (only_bin, r"pickle \(pytorch_model.bin\).*safetensors only"),
     "torch.save inside": (
@@ -250,7 +199,7 @@ def test_code_in_a_model_folder_is_never_run(copy, capfd, monkeypatch):
     monkeypatch.chdir(copy)
     (copy / "evil.py").write_text("open('ran', 'w').close()\n")
     names = {"AutoConfig": "evil.C", "AutoModelForImageClassification": "evil.M"}
-    config(model_type="evil", auto_map=names)(copy)
+    set_config(model_type="evil", auto_map=names)(copy)
     with pytest.raises(ModelError) as error:
         load_image_classifier(str(copy))
     one_line(error)
@@ -301,27 +250,27 @@ def test_saving_copies_the_preprocessor_and_writes_the_record(copy, tmp_path, ca
     assert torch.equal(rebuilt.classifier.bias, model.classifier.bias)
 
 
-def test_saving_never_overwrites(vit, tmp_path):
-    model = load_image_classifier(str(vit))
+def test_saving_never_overwrites(plain_vit, tmp_path):
+    model = load_image_classifier(str(plain_vit))
     (tmp_path / "empty").mkdir()
-    save_image_classifier(model, tmp_path / "empty", vit, None)
+    save_image_classifier(model, tmp_path / "empty", plain_vit, None)
     before = (tmp_path / "empty" / "model.safetensors").stat().st_mtime_ns
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "empty", tmp_path / "file", vit):
+    for place in (tmp_path / "empty", tmp_path / "file", plain_vit):
         with pytest.raises(UserError, match="not empty") as error:
-            save_image_classifier(model, place, vit, None)
+            save_image_classifier(model, place, plain_vit, None)
         assert error.value.exit_code == 2
     assert (tmp_path / "empty" / "model.safetensors").stat().st_mtime_ns == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file"]
 
 
-def test_a_full_disk_leaves_nothing(vit, tmp_path):
-    model = load_image_classifier(str(vit))
+def test_a_full_disk_leaves_nothing(plain_vit, tmp_path):
+    model = load_image_classifier(str(plain_vit))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the weights are larger
     try:
         with pytest.raises(ExpungeError, match="cannot be written") as error:
-            save_image_classifier(model, tmp_path / "deep" / "out", vit, None)
+            save_image_classifier(model, tmp_path / "deep" / "out", plain_vit, None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     one_line(error)
@@ -329,131 +278,16 @@ def test_a_full_disk_leaves_nothing(vit, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written(vit, tmp_path):
+def test_a_place_that_cannot_be_written(plain_vit, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ExpungeError) as error:
-        save_image_classifier(load_image_classifier(str(vit)), tmp_path / "file" / "out", vit, None)
+        save_image_classifier(
+            load_image_classifier(str(plain_vit)), tmp_path / "file" / "out", plain_vit, None
+        )
     one_line(error)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_module_without_save_pretrained_is_refused(vit, tmp_path):
+def test_a_module_without_save_pretrained_is_refused(plain_vit, tmp_path):
     with pytest.raises(ModelError, match="save_pretrained"):
-        save_image_classifier(torch.nn.Linear(2, 2), tmp_path / "out", vit, None)
-
-
-def test_preprocessing_by_hand(copy):
-    settings(
-        copy,
-        "preprocessor_config.json",
-        do_resize=True,
-        size={"height": 4, "width": 2},
-        resample=0,
-        do_rescale=True,
-        rescale_factor=0.5,
-        do_normalize=True,
-        image_mean=[3.0],
-        image_std=[4.0],
-    )
-    pixels = np.arange(8 * 4, dtype=np.uint8).reshape(8, 4)
-    nearest = pixels[1::2, 1::2].astype(np.float64)  # PIL takes the pixel under the centre
-    wanted = (nearest * 0.5 - 3.0) / 4.0
-    prepare = preprocessing(copy)
-    assert prepare.origin == "preprocessor_config.json"
-    for image in (pixels, pixels[None], pixels[:, :, None], Image.fromarray(pixels)):
-        found = prepare(image)
-        assert found.shape == (1, 4, 2)
-        assert found.dtype == torch.float32
-        assert np.allclose(found[0].numpy(), wanted, atol=1e-6)
-
-
-def test_preprocessing_without_settings_says_so(copy):
-    prepare = preprocessing(copy)
-    assert "assumed" in str(prepare)
-    assert "8×8" in str(prepare)
-    rgb = np.zeros((8, 8, 3), np.uint8)
-    rgb[..., 0] = 255
-    grey = prepare(Image.fromarray(rgb))
-    assert grey.shape == (1, 8, 8)
-    assert torch.allclose(grey, torch.tensor(76 / 255))  # ITU-R 601: 0.299 R
-    assert torch.equal(prepare(rgb), grey)
-    assert torch.allclose(prepare(np.full((8, 8), 51, np.uint8)), torch.tensor(0.2))
-    assert prepare(np.zeros((20, 30), np.uint8)).shape == (1, 8, 8)
-
-
-ORACLE = {
-    "vit": ("vit", "ViT", {"size": {"height": 10, "width": 12}}),
-    "convnext small": ("convnext", "ConvNext", {"size": {"shortest_edge": 9}, "crop_pct": 0.7}),
-    "convnext large": ("convnext", "ConvNext", {"size": {"shortest_edge": 384}}),
-    "clip": (
-        "clip",
-        "CLIP",
-        {"size": {"shortest_edge": 11}, "crop_size": {"height": 7, "width": 8}},
-    ),
-    "crop larger than the image": (
-        "deit",
-        "DeiT",
-        {"size": {"height": 6, "width": 7}, "crop_size": {"height": 9, "width": 10}},
-    ),
-    "crop only": ("deit", "DeiT", {"do_resize": False, "crop_size": {"height": 8, "width": 40}}),
-    "nothing but scale": ("vit", "ViT", {"do_resize": False, "do_normalize": False}),
-    "no scale": ("vit", "ViT", {"do_rescale": False, "size": {"height": 5, "width": 5}}),
-}
-
-
-@pytest.mark.parametrize("case", ORACLE)
-def test_preprocessing_equals_the_processor_of_transformers(case, copy):
-    module, kind, values = ORACLE[case]
-    name = f"{kind}ImageProcessorPil"
-    path = f"transformers.models.{module}.image_processing_pil_{module}"
-    processor = getattr(pytest.importorskip(path), name)(**values)
-    config(num_channels=3)(copy)
-    processor.save_pretrained(copy)
-    rng = np.random.default_rng(0)
-    for shape in ((17, 23, 3), (30, 14, 3)):
-        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
-        image = Image.fromarray(pixels)
-        wanted = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
-        assert torch.allclose(preprocessing(copy)(image), wanted.float(), atol=2e-6)
-        assert torch.allclose(preprocessing(copy)(pixels), wanted.float(), atol=2e-6)
-
-
-def test_a_grey_model_takes_one_of_three_equal_means_and_refuses_others(copy):
-    settings(copy, "preprocessor_config.json", image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    white = np.full((8, 8), 255, np.uint8)
-    assert torch.allclose(preprocessing(copy)(white), torch.tensor(2.0))
-    settings(copy, "preprocessor_config.json", image_mean=[0.5, 0.4, 0.3], image_std=[0.25] * 3)
-    with pytest.raises(ModelError, match="3 means or deviations for 1 channel") as error:
-        preprocessing(copy)
-    one_line(error)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"image_processor_type": "EfficientNetImageProcessor", "size": 8},
-        {"size": 8, "do_flip_channel_order": True},
-        {"size": {"max_pixels": 3}},
-        {"size": 8, "resample": "sharp"},
-    ],
-)
-def test_unknown_preprocessing_is_refused(values, copy):
-    settings(copy, "preprocessor_config.json", **values)
-    with pytest.raises(ModelError, match=r"preprocessor_config.json") as error:
-        preprocessing(copy)
-    one_line(error)
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        Image.fromarray(np.zeros((8, 8), np.uint16)),
-        np.zeros((8, 8), np.float32),
-        np.zeros((2, 2, 2, 2), np.uint8),
-        np.zeros((8, 8, 2), np.uint8),
-    ],
-)
-def test_what_is_no_8_bit_image_is_refused(image, vit):
-    with pytest.raises(DataError) as error:
-        preprocessing(vit)(image)
-    one_line(error)
+        save_image_classifier(torch.nn.Linear(2, 2), tmp_path / "out", plain_vit, None)

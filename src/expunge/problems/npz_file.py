@@ -32,7 +32,8 @@ def read_npz(path: Path, reader: Reader) -> tuple[Data, list[str]]:
         DataError: it is no `.npz` of plain arrays, or they are not images and labels.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves a damaged file open that it opened itself
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name.lower(): file[name] for name in file.files}
     except _NPZ_ERRORS as error:
         what = "holds Python objects" if "Object arrays" in str(error) else "cannot be read"

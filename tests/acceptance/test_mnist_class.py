@@ -26,11 +26,11 @@ COMMAND = "make acceptance"
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Rows of one comparison a digit, in one run on two threads."""
+    """Rows of one comparison a digit, in one run."""
     store = Store.open(
         os.environ.get("EXPUNGE_ACCEPTANCE_STORE") or tmp_path_factory.mktemp("store")
     )
-    bench = Bench(store, Runtime(threads=2))
+    bench = Bench(store, Runtime())
     problem = bench.workload("mnist-class")
     found = [
         compare(

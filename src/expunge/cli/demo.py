@@ -25,7 +25,7 @@ def demo(
     random: Annotated[bool, typer.Option(help="Also forget 10 % random samples.")] = True,
     references: Annotated[int, typer.Option(help="Retrained models to compare with.", min=1)] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="8×8 digits instead; seconds.")] = False,
-    threads: Threads = 2,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Train a classifier, let several methods forget a class and random samples, audit, report."""

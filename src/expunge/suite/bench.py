@@ -49,6 +49,8 @@ class Bench:
         workload = workloads.get(name)
         splits = workload.data()
         recipe = workload.recipe(splits.train)
+        if self.runtime.threads is None:  # what trains best there suits its methods too
+            self.runtime = replace(self.runtime, threads=recipe.threads)
         key = content_key(["original", __version__, recipe.key(), seed])
         found = self.store.find("original", key)
         if found is not None:

@@ -51,7 +51,7 @@ def splits() -> Splits:
 def recipe(train: Data) -> ClassifierRecipe:
     """SGD with momentum, half a cosine."""
     return ClassifierRecipe(
-        small_resnet, train, epochs=15, lr=0.1, batch_size=64, threads=2, weight_decay=5e-4
+        small_resnet, train, epochs=15, lr=0.1, batch_size=64, weight_decay=5e-4
     )
 
 

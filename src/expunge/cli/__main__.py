@@ -66,7 +66,8 @@ def _sentence(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     shown = getattr(error, "format_message", None)
     if callable(shown):  # the option parser's own complaints
-        return str(shown()) + "; see expunge --help", 2
+        words = str(shown())  # empty when a noun came without a verb and its help was printed
+        return (f"{words}; see expunge --help" if words else "name one of the commands above"), 2
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}", 1
     return f"{type(error).__name__}: {error} (set EXPUNGE_DEBUG=1 to see where)", 1

@@ -107,6 +107,7 @@ class Runtime:
         reporter: where progress goes.
         checkpoint: folder for training checkpoints, or None.
         checkpoint_every: optimiser steps between two checkpoints.
+        alone: do not share work with other processes: each does all of it, with the same result.
         cost: counters of the run in progress.
     """
 
@@ -118,17 +119,18 @@ class Runtime:
     reporter: Reporter = field(default_factory=Silent)
     checkpoint: Path | None = None
     checkpoint_every: int = 50
+    alone: bool = False
     cost: Cost = field(default_factory=Cost)
 
     @property
     def processes(self) -> int:
         """Number of cooperating processes."""
-        return torch.distributed.get_world_size() if _distributed() else 1
+        return 1 if self.alone or not _distributed() else torch.distributed.get_world_size()
 
     @property
     def rank(self) -> int:
         """This process' number, from 0."""
-        return torch.distributed.get_rank() if _distributed() else 0
+        return 0 if self.alone or not _distributed() else torch.distributed.get_rank()
 
     @property
     def is_main(self) -> bool:

@@ -2,7 +2,8 @@
 
 from expunge.report.build import render_html, render_markdown, write_report
 from expunge.report.table import terminal_table
-from expunge.report.verdict import judge, row_verdict, summary
+from expunge.report.verdict import judge, row_verdict
+from expunge.report.words import summary
 
 __all__ = [
     "judge",

@@ -11,7 +11,8 @@ from expunge.core.errors import ExpungeError
 from expunge.core.hashing import plain
 from expunge.report import figures
 from expunge.report.table import COLUMNS, method_rows
-from expunge.report.verdict import MARKS, WORDS, judge, summary
+from expunge.report.verdict import MARKS, WORDS, judge
+from expunge.report.words import summary
 
 EXPLAINED: dict[str, str] = {
     "accuracy": "Share of right predictions, 0 … 1, with a Wilson interval over samples. Good is what retrained models reach, on forgotten data too: less is over-forgetting.",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expunge.report.svg import BOTTOM, LEFT, Plot
-from expunge.report.verdict import MARKS, WORDS, method_state
+from expunge.report.verdict import MARKS, WORDS, method_verdict
 
 Comparison = Mapping[str, Any]
 
@@ -75,14 +75,14 @@ def quality_cost(comparison: Comparison) -> Figure | None:
     placed: list[tuple[float, float]] = []
     for row, x, y in points:
         number = methods.index(row["method"]) + 1
-        state = "ref" if row["method"] == "retrain" else method_state([row])
+        state = "ref" if row["method"] == "retrain" else method_verdict([row]).state
         plot.dot(x, y, f"state-{state}", f"{row['method']}: {x:.2g}×, gap {y:.3f}")
         if row is next(r for r, _, _ in points if r["method"] == row["method"]):
             placed.append(_place(plot, plot.px(x), plot.py(y), str(number), placed))
     legend = []
     for number, method in enumerate(methods, 1):
         own = [r for r, _, _ in points if r["method"] == method]
-        state = "ref" if method == "retrain" else method_state(own)
+        state = "ref" if method == "retrain" else method_verdict(own).state
         word = "reference" if method == "retrain" else f"{MARKS[state]} {WORDS[state]}"
         legend.append((f"state-{state}", f"{number} {method} – {word}"))
     note = (

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from expunge.report.verdict import MARKS, WORDS, Judgement, judge, method_state, row_verdict
+from expunge.report.verdict import MARKS, WORDS, Judgement, judge, method_verdict, row_verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,7 +100,7 @@ def method_rows(
             finding = merged(rows, name)
             if finding is not None:
                 cells[name] = cell(name, finding)
-        state = method_state(rows)
+        state = method_verdict(rows).state
         ratios = [r["cost_ratio"] for r in rows if r.get("cost_ratio") is not None]
         seconds = [r["seconds"] for r in rows if r.get("seconds")]
         gravest = next(v for v in map(row_verdict, rows) if v.state == state)

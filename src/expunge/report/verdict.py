@@ -1,15 +1,25 @@
-"""Verdicts: what a finding means beside its reference, and a row or comparison in words.
+"""Verdicts: what one finding means beside its reference, and what that makes of a method.
 
-Pure functions of the report's dict. A gap within the tolerance is no gap; the tolerance is the
-largest of the references' own spread, half the interval, and a fixed floor (0.02, for membership
-0.03). Forgetting *more* than a retrained model is a leak and is called one.
+Pure functions of the report's dict. The rule, in one place:
+
+- The tolerance is the largest of the references' own spread, half the 95 % interval, and a fixed
+  floor: 0.02, for membership 0.03. A gap within it is no gap.
+- Toward the reference: within the tolerance `matches`; on the original's side `short`; beyond the
+  reference `overshoot`, since forgetting more than a model that never saw the data is a leak.
+- Kept data is not to be forgotten: accuracy below the reference is `lost`, above it is fine.
+- Two-sided AUCs do not say which side they are on; the raw AUC in `detail` does. Without it a gap
+  is `worse`, and the sentence says that the side is unknown.
+- Distances (`down`, `up`) are held against the distance among references: `matches` or `worse`.
+- A method's verdict rests on the accuracies and one membership AUC; what further audits see is said
+  beside it.
+- Weights moved and prices paid are no forgetting: they get no verdict (dearer than retraining: `worse`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 State = Literal["matches", "short", "overshoot", "lost", "worse", "unjudged"]
 
@@ -21,6 +31,7 @@ WORDS: dict[str, str] = {
     "worse": "further away",
     "unjudged": "no verdict",
 }
+"""A state in two words."""
 MARKS: dict[str, str] = {
     "matches": "●",
     "short": "▲",
@@ -29,12 +40,14 @@ MARKS: dict[str, str] = {
     "worse": "△",
     "unjudged": "○",
 }
-_FORGET = ("accuracy/forget-test", "accuracy/forget-train", "membership/auc-loss")
-_KEEP = ("accuracy/retain-test", "accuracy/retain-train")
+"""A shape for each state, so that colour is never alone."""
+NO_REFERENCE = "there is no retrained reference to compare with"
+FLOOR, FLOOR_MEMBERSHIP = 0.02, 0.03
+"""Gaps too small to matter, for accuracies and for AUCs."""
+_SLACK = 1e-9  # 0.94 − 0.92 is a little more than 0.02 in binary
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(NamedTuple):
     """A state and the sentence that explains it."""
 
     state: State
@@ -49,150 +62,232 @@ def judge(name: str, finding: Mapping[str, Any]) -> Judgement:
         finding: its dict, as in `report.json`.
 
     Returns:
-        `matches` within the tolerance; `short` if it stays on the original's side; `overshoot`
-        beyond the reference; `lost` for kept data below the reference; `worse` for a distance
-        above that among references; `unjudged` without value or reference.
+        `matches` within the tolerance; `short` on the original's side; `overshoot` beyond the
+        reference; `lost` for accuracy on kept data below it; `worse` for a distance above that
+        among references, or a gap whose side is unknown; `unjudged` without value or reference.
     """
-    value, reference = finding.get("value"), finding.get("reference")
-    if value is None or reference is None:
-        return Judgement("unjudged", str(finding.get("reason") or "there is no reference"))
-    detail = finding.get("detail") or {}
-    signed = detail.get("auc") is not None and detail.get("reference_auc") is not None
-    here = float(detail["auc"] if signed else value)
-    there = float(detail["reference_auc"] if signed else reference)
-    gap, allowed = here - there, tolerance(name, finding)
-    numbers = f"{here:.3g} against {there:.3g} for retrained models"
+    value, reference = finite(finding.get("value")), finite(finding.get("reference"))
+    if value is None:
+        return Judgement("unjudged", str(finding.get("reason") or "it was not measured"))
+    if name.startswith("cost/"):
+        return _price(value, reference)
+    if reference is None:
+        return Judgement("unjudged", str(finding.get("reason") or NO_REFERENCE))
+    if name.startswith("weight-distance/"):
+        numbers = f"{value:.3g} beside {reference:.3g} for retrained models"
+        return Judgement("unjudged", f"how much was changed, not what was forgotten ({numbers})")
     if finding.get("direction") in ("down", "up"):
-        away = gap if finding["direction"] == "down" else -gap
-        if away <= allowed:
-            return Judgement(
-                "matches", f"as close as retrained models are to each other ({numbers})"
-            )
-        return Judgement(
-            "worse", f"further away than retrained models are from each other ({numbers})"
-        )
-    if abs(gap) <= allowed:
-        return Judgement("matches", f"as in a retrained model ({numbers})")
-    if name in _KEEP:
-        if gap < 0:
-            return Judgement("lost", f"accuracy on what was to be kept is lost ({numbers})")
-        return Judgement("matches", f"no worse than a retrained model ({numbers})")
-    original = detail.get("original_auc") if signed else finding.get("original")
-    toward = 1.0 if original is None else original - there
-    if signed and abs(toward) < allowed:
-        toward = 1.0  # the original does not say which side is memory; higher looks like a member
-    if gap * toward > 0:
-        return Judgement("short", f"still on the original's side ({numbers})")
-    return Judgement(
-        "overshoot", f"forgets more than a model that never saw the data: a leak ({numbers})"
-    )
+        return _distance(name, finding, value, reference)
+    return _toward(name, finding, value, reference)
 
 
 def tolerance(name: str, finding: Mapping[str, Any]) -> float:
-    """The gap that counts as none: references' spread, half the interval, or a fixed floor."""
-    low, high = finding.get("low"), finding.get("high")
+    """The gap to the reference that counts as none.
+
+    Args:
+        name: the finding's name.
+        finding: its dict.
+
+    Returns:
+        The largest of the references' spread, half the interval and a fixed floor. Distances have
+        no common scale, so theirs is a quarter of the distance among references (of a similarity:
+        0.05), and their spread is how far its maximum lies above its mean.
+    """
+    detail = finding.get("detail") or {}
+    raw = finite(detail.get("auc")) is not None
+    low = finite(detail.get("auc_low") if raw and "auc_low" in detail else finding.get("low"))
+    high = finite(detail.get("auc_high") if raw and "auc_high" in detail else finding.get("high"))
     half = (high - low) / 2 if low is not None and high is not None else 0.0
-    fixed = 0.03 if name.startswith("membership/") else 0.02
-    if finding.get("direction") in ("down", "up"):
-        # distances have no common scale: a quarter of the distance among references
-        away = finding["direction"] == "down"
-        fixed = 0.25 * abs(finding.get("reference") or 0.0) if away else 0.05
-    return max(float(finding.get("floor") or 0.0), half, fixed)
+    spread = finite(finding.get("floor")) or 0.0
+    reference = finite(finding.get("reference")) or 0.0
+    if finding.get("direction") == "down":
+        return max(spread - reference, half, 0.25 * abs(reference))
+    if finding.get("direction") == "up":
+        return max(spread, half, 0.05)
+    return max(spread, half, FLOOR_MEMBERSHIP if name.startswith("membership/") else FLOOR)
 
 
 def row_verdict(row: Mapping[str, Any]) -> Judgement:
-    """One verdict for a method: utility first, then what was to be forgotten.
+    """One verdict for one run: what was to be kept first, then what was to be forgotten.
 
     Args:
         row: a row of a comparison.
 
     Returns:
-        The gravest state among accuracy on kept data, accuracy on forgotten data and membership.
+        The gravest state among the accuracies and one membership AUC, in words that claim no more
+        than the method's guarantee allows; `closer` names what the other audits see. `unjudged`
+        unless something was judged on forgotten *and* on kept data: half the evidence is none.
     """
-    judged = {n: judge(n, f) for n, f in row["findings"].items() if n in (*_KEEP, *_FORGET)}
-    for name in _KEEP:
-        if name in judged and judged[name].state == "lost":
-            return judged[name]
-    for state in ("short", "overshoot"):
-        for name in _FORGET:
-            if name in judged and judged[name].state == state:
-                return Judgement(judged[name].state, f"{name}: {judged[name].sentence}")
-    usable = [j for j in judged.values() if j.state != "unjudged"]
-    if not usable:
-        why = next((j.sentence for j in judged.values()), "nothing was measured")
-        return Judgement("unjudged", why)
-    return Judgement(
-        "matches", "behaves like a model retrained without the data, as far as these audits see"
-    )
+    judged = {n: judge(n, row["findings"][n]) for n in decisive(row)}
+    faults = {s: next((n for n, j in judged.items() if j.state == s), None) for s in _GRAVE}
+    if faults["lost"]:
+        sentence = f"{faults['lost']}: {judged[faults['lost']].sentence}"
+        also = faults["short"] or faults["overshoot"]
+        if also:
+            what = "not forgotten either" if faults["short"] else "over-forgotten too"
+            sentence += f"; and {what}: {also}: {judged[also].sentence}"
+        return Judgement("lost", sentence)
+    for state in ("short", "overshoot", "worse"):
+        if name := faults[state]:
+            return Judgement(judged[name].state, f"{name}: {judged[name].sentence}")
+    for side in ("forget", "retain"):
+        own = [j for n, j in judged.items() if (side == "retain") == kept(n)]
+        if all(j.state == "unjudged" for j in own):
+            said = "to be forgotten" if side == "forget" else "to be kept"
+            why = next((j.sentence for j in own), "it was not measured")
+            return Judgement("unjudged", f"nothing to judge by on what was {said}: {why}")
+    finer = closer(row)
+    but = f"; seen more closely it still differs in {', '.join(finer)}" if finer else ""
+    return Judgement("matches", claim(row) + but)
 
 
-def summary(comparison: Mapping[str, Any]) -> list[str]:
-    """The outcome of a comparison in sentences, for people.
+_GRAVE: tuple[State, ...] = ("lost", "short", "overshoot", "worse")
+
+
+def claim(row: Mapping[str, Any]) -> str:
+    """The most that can be said of a method whose audits found nothing, by its guarantee."""
+    if row.get("intent") == "suppression" or row.get("guarantee") == "inference-time":
+        return (
+            "answers like a model retrained without the data, as far as these audits see; "
+            "it suppresses, so the weights may still hold what they learned"
+        )
+    if row.get("guarantee") == "exact":
+        return "its result was trained without the data (exact), and these audits agree"
+    if row.get("guarantee") == "certified":
+        return "is certified under its stated conditions, and these audits agree"
+    return "behaves like a model retrained without the data, as far as these audits see"
+
+
+def method_verdict(rows: Sequence[Mapping[str, Any]]) -> Judgement:
+    """The gravest verdict over a method's seeds, with how many of them have it.
 
     Args:
-        comparison: one entry of `comparisons`.
+        rows: the method's rows, one a seed.
 
     Returns:
-        At most one sentence for each kind of outcome, the good news first.
+        A mean over seeds would hide a seed that failed, so the worst one speaks.
     """
-    rows = [r for r in comparison["rows"] if r["method"] not in ("original", "retrain")]
-    groups: dict[str, list[str]] = {}
-    for method in dict.fromkeys(r["method"] for r in rows):
-        own = [r for r in rows if r["method"] == method]
-        groups.setdefault(method_state(own), []).append(method + _price(own))
-    said = []
-    phrases = {
-        "matches": "{} {} like a model retrained without the data, as far as these audits see.",
-        "short": "{} {} not forgotten as retraining does.",
-        "overshoot": "{} {} more than a model that never saw the data; that is a leak of its own.",
-        "lost": "{} {} accuracy on what was to be kept.",
-        "unjudged": "{} {} no verdict: there is no retrained reference.",
-    }
-    verbs = {"matches": ("behaves", "behave"), "short": ("has", "have"), "overshoot": ("forgets", "forget"), "lost": ("lost", "lost"), "unjudged": ("gets", "get")}  # fmt: skip
-    for state, phrase in phrases.items():
-        if names := groups.get(state):
-            said.append(phrase.format(_list(names), verbs[state][len(names) > 1]))
-    if differing := _differing([r for r in rows if row_verdict(r).state == "matches"]):
-        said.append(
-            f"Seen more closely, {_list(differing)} still {'differs' if len(differing) == 1 else 'differ'} "
-            "from retrained models on the forgotten samples by more than those do from each other."
+    verdicts = [row_verdict(r) for r in rows]
+    for state in (*_GRAVE, "unjudged", "matches"):
+        own = [v for v in verdicts if v.state == state]
+        if own:
+            some = f"in {len(own)} of {len(rows)} seeds: " if len(own) < len(rows) else ""
+            return Judgement(own[0].state, some + own[0].sentence)
+    return Judgement("unjudged", "it was not run")
+
+
+def decisive(row: Mapping[str, Any]) -> list[str]:
+    """Names of the findings that make up a run's verdict.
+
+    Args:
+        row: a row of a comparison.
+
+    Returns:
+        The accuracies, and the first membership AUC that has a value. The other scores look at the
+        same outputs again; to let each of them fail a method would be one test in many disguises.
+    """
+    findings = row["findings"]
+    named = (f"membership/auc-{score}" for score in SCORES)
+    auc = next((n for n in named if finite(findings.get(n, {}).get("value")) is not None), None)
+    return [n for n in findings if n.startswith("accuracy/")] + ([auc] if auc else [])
+
+
+SCORES = ("loss", "confidence", "modified-entropy", "entropy", "correctness")
+"""Membership scores in the order in which one speaks for a run."""
+
+
+def closer(row: Mapping[str, Any]) -> list[str]:
+    """Further findings in which a run differs from retrained models; they qualify its verdict.
+
+    Args:
+        row: a row of a comparison.
+
+    Returns:
+        Names of membership, divergence and prediction-matrix findings that are not as in a
+        retrained model. Divergences come as JS and KL of the same predictions; JS speaks.
+    """
+    own = decisive(row)
+    families = ("membership/", "divergence/js-", "prediction-matrix/")
+    return [
+        n
+        for n, f in row["findings"].items()
+        if n.startswith(families)
+        and n not in own
+        and judge(n, f).state in ("short", "overshoot", "worse")
+    ]
+
+
+def kept(name: str) -> bool:
+    """Whether a finding is about data that was to be kept."""
+    return "retain" in name.split("/")[-1].split("-")
+
+
+def finite(value: Any) -> float | None:
+    """A number as float; None for nothing, NaN and infinity."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _price(value: float, reference: float | None) -> Judgement:
+    if reference is None:
+        return Judgement("unjudged", "what it took; nothing to compare it with")
+    numbers = f"{value:.3g} against {reference:.3g}"
+    if value > reference + _SLACK:
+        return Judgement("worse", f"more than retraining took ({numbers})")
+    return Judgement("unjudged", f"what it took beside retraining, no verdict ({numbers})")
+
+
+def _distance(name: str, finding: Mapping[str, Any], value: float, reference: float) -> Judgement:
+    gap = value - reference if finding["direction"] == "down" else reference - value
+    numbers = f"{value:.3g}, among them {reference:.3g}"
+    if gap <= tolerance(name, finding) + _SLACK:
+        return Judgement("matches", f"as near to retrained models as they are to another ({numbers})")  # fmt: skip
+    return Judgement("worse", f"further from retrained models than they are from another ({numbers})")  # fmt: skip
+
+
+def _toward(name: str, finding: Mapping[str, Any], value: float, reference: float) -> Judgement:
+    detail = finding.get("detail") or {}
+    raw, raw_reference = finite(detail.get("auc")), finite(detail.get("reference_auc"))
+    signed = raw is not None and raw_reference is not None
+    here, there = (raw or 0.0, raw_reference or 0.0) if signed else (value, reference)
+    gap, allowed = here - there, tolerance(name, finding)
+    numbers = f"{here:.3f} against {there:.3f} for retrained models, tolerance {allowed:.3f}"
+    if abs(gap) <= allowed + _SLACK:
+        return Judgement("matches", f"as in a retrained model ({numbers})")
+    if kept(name):
+        if gap > 0:
+            return Judgement("matches", f"no worse than a retrained model ({numbers})")
+        if name.startswith("accuracy/"):
+            return Judgement("lost", f"utility on what was to be kept is lost ({numbers})")
+        return Judgement("worse", f"kept data is treated otherwise than by retraining ({numbers})")
+    original = finite(detail.get("original_auc") if signed else finding.get("original"))
+    side = _side(name, signed, None if original is None else original - there, allowed)
+    if side == 0:
+        return Judgement(
+            "worse",
+            f"differs from retrained models; too little or too much, this number cannot say ({numbers})",
         )
-    original = next((r for r in comparison["rows"] if r["method"] == "original"), None)
-    findings = (original or {"findings": {}})["findings"]
-    found = findings.get("accuracy/forget-test") or {}
-    if found.get("value") is None:
-        found = findings.get("accuracy/forget-train") or {}
-    if found.get("value") is not None and found.get("reference") is not None:
-        said.insert(0, f"The original is right on {found['value']:.1%} of what is to be forgotten, retrained models on {found['reference']:.1%}.")  # fmt: skip
-    return said or ["No method was run."]
-
-
-def method_state(rows: Sequence[Mapping[str, Any]]) -> State:
-    """The gravest verdict over a method's seeds."""
-    order: tuple[State, ...] = ("lost", "short", "overshoot", "unjudged", "matches")
-    states = [row_verdict(r).state for r in rows]
-    return next((s for s in order if s in states), "unjudged")
-
-
-def _differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Methods whose predictions on forgotten samples are further from retrained ones than noise."""
-    name = "divergence/js-forget-train"
-    return list(
-        dict.fromkeys(
-            f"{r['method']} (JS {r['findings'][name]['value']:.2g} against {r['findings'][name]['reference']:.2g} nats)"
-            for r in rows
-            if name in r["findings"] and judge(name, r["findings"][name]).state == "worse"
-        )
+    if gap * side > 0:
+        return Judgement("short", f"not forgotten: still on the original's side ({numbers})")
+    if name.startswith("cka/"):
+        return Judgement("overshoot", f"less like the original than retraining makes it ({numbers})")  # fmt: skip
+    return Judgement(
+        "overshoot", f"forgets more than a model that never saw the data: a leak ({numbers})"
     )
 
 
-def _price(rows: Sequence[Mapping[str, Any]]) -> str:
-    ratios = [r["cost_ratio"] for r in rows if r.get("cost_ratio") is not None]
-    if not ratios:
-        return ""
-    ratio = sum(ratios) / len(ratios)
-    return f" (at {ratio:.2g}× the time of retraining)"
+def _side(name: str, signed: bool, toward: float | None, allowed: float) -> int:
+    """Where memory lies from the reference: +1 above, −1 below, 0 unknown."""
+    folded = name.startswith(("membership/auc-", "membership/attack")) and not signed
+    if folded:
+        return 0
+    if toward is not None and abs(toward) > allowed:
+        return 1 if toward > 0 else -1
+    # the original is where the reference is: what the number means tells the side
+    if signed or name.startswith(("accuracy/", "cka/original")):
+        return 1
+    if name.startswith("membership/efficacy"):
+        return -1
+    return 0 if toward is None or toward == 0 else (1 if toward > 0 else -1)
 
-
-def _list(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

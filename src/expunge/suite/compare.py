@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ class Comparison:
 
         from expunge.report import terminal_table
 
-        console = Console(width=110, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console = Console(width=120, file=io.StringIO(), record=True)
         for comparison in self.data["comparisons"]:
             console.print(terminal_table(comparison))
         return console.export_text()

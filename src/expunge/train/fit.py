@@ -123,7 +123,10 @@ def fit(
                 "batch statistics cannot be shared between processes; use norm=frozen with several processes"
             )
         forward = {k: v for k, v in vars(model).items() if k == "forward"}
-        wrapped, prepared = accelerator.prepare(model, optimizer)
+        wrapped: nn.Module = model
+        prepared: Any = optimizer
+        if not runtime.alone:
+            wrapped, prepared = accelerator.prepare(model, optimizer)
         task.advance(first_epoch)
         for epoch in range(first_epoch, epochs):
             train_mode(model, norm)
@@ -208,8 +211,8 @@ def _accelerated(runtime: Runtime) -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
-    alone = runtime.processes == 1
-    states = (AcceleratorState, PartialState) if alone else (AcceleratorState,)
+    single = not PartialState._shared_state.get("num_processes", 1) > 1 and runtime.processes == 1
+    states = (AcceleratorState, PartialState) if single else (AcceleratorState,)
     kept = [dict(state._shared_state) for state in states]
     for state in states:
         state._shared_state.clear()
@@ -220,7 +223,7 @@ def _accelerated(runtime: Runtime) -> Iterator[Any]:
             device_placement=":" not in runtime.device,  # a numbered device is the caller's choice
         )
     finally:
-        if runtime.processes == 1:
+        if single:
             for state, values in zip(states, kept, strict=True):
                 state._shared_state.clear()
                 state._shared_state.update(values)

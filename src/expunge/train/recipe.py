@@ -65,8 +65,13 @@ class ClassifierRecipe:
             ExpungeError: the training did not run to its end.
         """
         outer = runtime or Runtime()
+        # Every process trains all of it: a recipe gives one model, however many processes ask.
         inner = Runtime(
-            device=outer.device, seed=seed, threads=self.threads, reporter=outer.reporter
+            device=outer.device,
+            seed=seed,
+            threads=self.threads,
+            reporter=outer.reporter,
+            alone=True,
         )
         source = Source(self.data, keep_ids, True, inner)
 

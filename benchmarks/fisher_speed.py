@@ -56,10 +56,12 @@ def plain_loop(model, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {n: v / len(x) for n, v in sums.items()}
 
 
-def setup(samples: int):
+def setup(samples: int, digits: bool = True):
     torch.manual_seed(0)
-    x, y = mnist_5k()
-    x, y = x[:samples], y[:samples]
+    if digits:
+        x, y = (t[:samples] for t in mnist_5k())
+    else:
+        x, y = torch.randn(samples, 1, 28, 28), torch.randint(0, 10, (samples,))
     runtime = Runtime()
     data = Data((x, y))
     model = small_resnet().eval()
@@ -128,7 +130,8 @@ def memory(arguments) -> list[dict]:
 
 def probe(path: str, chunk: int, samples: int) -> None:
     """Measure one memory peak in this fresh process."""
-    model, _, _, source, runtime = setup(samples)
+    # noise: what reading the digits leaves behind would be reused and hide the growth
+    model, _, _, source, runtime = setup(samples, digits=False)
     small = Source(source._data, source.ids[:8], True, runtime)
     per_sample_squares(model, loss_each, small, runtime, chunk=4, path=path)  # libraries, kernels
     with runtime.metered() as cost:
@@ -165,7 +168,7 @@ def table(result: dict) -> str:
     if result["memory"]:
         lines += [
             "",
-            "Peak memory above the start, each in a fresh process. The gradients of all samples at "
+            "Peak memory above the start, each in a fresh process, on noise of the same shape. The gradients of all samples at "
             "once would take "
             f"{result['samples'] * result['weights'] * 4 / 2**20:,.0f} MiB.",
             "",

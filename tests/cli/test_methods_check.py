@@ -19,14 +19,14 @@ import expunge as xp
 
 
 @dataclass(frozen=True)
-class Halve(xp.Method):
-    """Halve the last layer's row of the classes to forget."""
+class Push(xp.Method):
+    """Push the logits of the classes to forget down."""
 
-    name: ClassVar[str] = "halve"
+    name: ClassVar[str] = "push"
     card: ClassVar[xp.Card] = xp.Card(
-        title="Halving", authors="A. Nother", year=2026, link="https://example.org", idea="halve a row"
+        title="Pushing", authors="A. Nother", year=2026, link="https://example.org", idea="push logits down"
     )
-    factor: float = xp.setting(-4.0, "what the row is multiplied with")
+    by: float = xp.setting(30.0, "what is taken off the bias")
 
     @property
     def needs(self) -> xp.Needs:
@@ -38,13 +38,12 @@ class Halve(xp.Method):
         last = model.get_submodule(view.role("last layer")[0])
         with torch.no_grad():
             for c in classes:
-                last.weight[c] *= self.factor
-                last.bias[c] -= 20.0
+                last.bias[c] -= self.by
         return xp.Outcome(model)
 
 
 @dataclass(frozen=True)
-class Idle(Halve):
+class Idle(Push):
     """Do nothing and say so to nobody."""
 
     name: ClassVar[str] = "idle"
@@ -54,7 +53,7 @@ class Idle(Halve):
 
 
 @dataclass(frozen=True)
-class Peek(Halve):
+class Peek(Push):
     """Read retain data without declaring it."""
 
     name: ClassVar[str] = "peek"
@@ -66,7 +65,7 @@ class Peek(Halve):
 
 
 @dataclass(frozen=True)
-class Dice(Halve):
+class Dice(Push):
     """Draw from a source that no seed reaches."""
 
     name: ClassVar[str] = "dice"
@@ -81,7 +80,7 @@ class Dice(Halve):
 
 
 @dataclass(frozen=True)
-class Vandal(Halve):
+class Vandal(Push):
     """Change the original."""
 
     name: ClassVar[str] = "vandal"
@@ -111,7 +110,7 @@ def check(name, capsys, monkeypatch):
 
 
 def test_a_good_third_party_method_passes(capsys, monkeypatch):
-    code, results, err = check("theirs.Halve", capsys, monkeypatch)
+    code, results, err = check("theirs.Push", capsys, monkeypatch)
     assert code == 0, (results, err)
     assert {s for s, _ in results.values()} <= {"pass", "skip"}
     assert sum(s == "pass" for s, _ in results.values()) >= 8

@@ -36,7 +36,7 @@ def run(words, folder) -> str:
 
 def test_two_processes_release_the_model_of_one(tmp_path):
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "expunge",
     ]  # fmt: skip
     out = run([*launch, *WORK, "--out", "two", "--store", "s2", "--json"], tmp_path)

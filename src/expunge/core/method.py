@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from expunge.core.errors import UnchangedError
 from expunge.core.hashing import hash_model
 from expunge.core.needs import Card, Needs
@@ -93,6 +95,9 @@ def unlearn(
     runtime.seed_everything("run", method.name)
     with runtime.metered() as cost:
         outcome = method.run(view, runtime)
+    if runtime.processes > 1:  # each counted its own share
+        counted = torch.tensor([cost.samples, cost.gradients], device=runtime.device)
+        cost.samples, cost.gradients = runtime.sum(counted).tolist()
     model = outcome.runnable().cpu().eval()
     trainable = {n: p.requires_grad for n, p in problem.model.named_parameters()}
     for name, parameter in model.named_parameters():

@@ -1,29 +1,24 @@
-"""Build the report: HTML, Markdown and JSON from one dict, written whole or not at all."""
+"""Build the report: HTML, Markdown and JSON from one dict, each file written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import ExpungeError
 from expunge.core.hashing import plain
 from expunge.report import figures
-from expunge.report.table import COLUMNS, method_rows
+from expunge.report.explain import explain, explanations
+from expunge.report.table import COLUMNS, Cell, cell, method_rows, present
 from expunge.report.verdict import MARKS, WORDS, judge
-from expunge.report.words import summary
+from expunge.report.words import SHOWN, headline, summary, told
 
-EXPLAINED: dict[str, str] = {
-    "accuracy": "Share of right predictions, 0 … 1, with a Wilson interval over samples. Good is what retrained models reach, on forgotten data too: less is over-forgetting.",
-    "prediction-matrix": "Mean total variation between the rows of the true × predicted matrix and retrained models', 0 … 1; lower is closer.",
-    "divergence": "Distance between predicted distributions and retrained models' in nats: JS at most 0.69, KL unbounded; lower is closer. The reference is the distance of retrained models to each other.",
-    "membership": "auc-…: how well a score tells forgotten from unseen samples, two-sided, ½ … 1. efficacy-…: share of forgotten samples an attacker calls unseen, 0 … 1. attack-accuracy: ½ … 1. Good is the reference's value, in each case.",
-    "cka": "Similarity of hidden layers, 0 … 1. To the original: good is the reference's value. To retrained models: higher is closer.",
-    "weight-distance": "Relative distance of the weights, 0 upward. It says how much was changed, not what was forgotten.",
-    "cost": "Wall seconds, ratio to one retraining, samples read, gradient evaluations, growth of memory in bytes; lower is better.",
-}  # fmt: skip
-"""How to read each family of findings."""
+PANELS = 12
+"""Panels of a figure that are open; further ones are one click away."""
 
 
 def write_report(
@@ -40,90 +35,146 @@ def write_report(
         Paths by suffix: `html`, `json`, `md`.
 
     Raises:
-        ExpungeError: the folder cannot be written.
+        ExpungeError: the folder cannot be written; files that were there are as they were.
     """
     folder = Path(folder)
     texts = {
-        "json": json.dumps(plain(data), indent=1) + "\n",
+        "json": json.dumps(plain(data), indent=1, allow_nan=False) + "\n",
         "md": render_markdown(data),
         "html": render_html(data),
     }
     paths = {suffix: folder / f"{name}.{suffix}" for suffix in texts}
+    temporary = {s: folder / f".{name}.{s}.{os.getpid()}.tmp" for s in texts}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, text in texts.items():
-            temporary = paths[suffix].with_suffix(f".{suffix}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(paths[suffix])
+            temporary[suffix].write_text(text, encoding="utf-8")
+        for suffix, path in paths.items():
+            temporary[suffix].replace(path)
     except OSError as error:
-        raise ExpungeError(
-            f"the report cannot be written to {folder} ({error.strerror})"
-        ) from error
+        for path in temporary.values():
+            with contextlib.suppress(OSError):
+                path.unlink()
+        why = error.strerror or error
+        raise ExpungeError(f"the report cannot be written to {folder} ({why})") from error
     return paths
 
 
 def render_html(data: Mapping[str, Any]) -> str:
-    """Render one self-contained page: no script, no network."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+    """Render one self-contained page: no script, no network.
+
+    Args:
+        data: the dict documented in `docs/scripting.md`.
+
+    Returns:
+        The page; every text of the data is escaped.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("expunge.report", "templates"),
-        autoescape=select_autoescape(default=True, default_for_string=True),
+        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    comparisons = [_context(c) for c in data["comparisons"]]
+    comparisons = [_context(c, f"c{i}") for i, c in enumerate(data["comparisons"], 1)]
     return environment.get_template("report.html").render(
-        data=data, comparisons=comparisons, explained=EXPLAINED, words=WORDS, marks=MARKS
+        data={k: data.get(k) or "" for k in ("expunge", "created", "command")},
+        comparisons=comparisons,
+        explained=explanations(data["comparisons"]),
+        words=WORDS,
+        marks=MARKS,
+        panels=PANELS,
     )
 
 
-def _context(comparison: Mapping[str, Any]) -> dict[str, Any]:
+def _context(comparison: Mapping[str, Any], anchor: str) -> dict[str, Any]:
     rows = method_rows(comparison)
-    present = [n for n in COLUMNS if any(n in r.cells and r.cells[n].value != "–" for r in rows)]
-    findings = []
-    for row in comparison["rows"]:
-        judged = [(n, f, judge(n, f)) for n, f in sorted(row["findings"].items())]
-        findings.append((row, judged))
+    references = comparison.get("references") or []
     return {
-        "raw": comparison,
-        "summary": summary(comparison),
+        "id": anchor,
+        "title": comparison["title"],
+        "headline": headline(comparison),
+        "told": told(comparison),
+        "request": (comparison.get("request") or {}).get("text") or "",
+        "workload": comparison.get("workload") or "",
+        "splits": {k: v for k, v in (comparison.get("splits") or {}).items() if v},
+        "references": references,
         "rows": rows,
-        "columns": [(n, *COLUMNS[n]) for n in present],
+        "columns": [(n, explain(n)) for n in present(rows)],
         "figures": figures.all_figures(comparison),
+        "records": [_record(row, comparison) for row in comparison["rows"]],
+    }
+
+
+def _record(row: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that is known of one run: findings in words, notes, settings."""
+    keys = ("intent", "guarantee", "fidelity", "cost", "settings", "details")
+    seeds = sum(r["method"] == row["method"] for r in comparison["rows"])
+    findings: list[tuple[str, Cell, str]] = []
+    for name in explanations([{"rows": [row]}]):
+        finding = row["findings"][name]
+        found = cell(name, finding, judge(name, finding))
+        findings.append((name, found, explain(name).label))
+    return {
+        "name": row["method"],
+        "seed": row.get("seed") if seeds > 1 or row["method"] == "retrain" else None,
+        "run": row.get("run") or "",
         "findings": findings,
-        "settings": [(r, json.dumps(plain({"settings": r["settings"], "details": r["details"], "cost": r["cost"]}), indent=1)) for r in comparison["rows"]],
-    }  # fmt: skip
+        "notes": row.get("notes") or [],
+        "settings": json.dumps(plain({k: row.get(k) for k in keys}), indent=1, ensure_ascii=False),
+    }
 
 
 def render_markdown(data: Mapping[str, Any]) -> str:
-    """Render the summary and the method table of each comparison."""
-    lines = ["# What was forgotten, and how far", ""]
-    lines += [f"expunge {data['expunge']}, {data['created']}, `{data['command']}`", ""]
+    """Render the summary and the method table of each comparison.
+
+    Args:
+        data: the dict documented in `docs/scripting.md`.
+
+    Returns:
+        Markdown with one table row a method, each cell with value, reference, gap and interval.
+    """
+    origin = [f"expunge {data.get('expunge') or ''}".strip(), str(data.get("created") or "")]
+    command = str(data.get("command") or "").replace("`", "'").replace("\n", " ")
+    origin += [f"`{command}`"] if command else []
+    lines = ["# What was forgotten, and how far", "", ", ".join(o for o in origin if o), ""]
     for comparison in data["comparisons"]:
-        rows = method_rows(comparison)
-        names = [n for n in COLUMNS if any(n in r.cells for r in rows)]
         lines += [f"## {_escape(comparison['title'])}", ""]
         lines += [*(f"- {_escape(s)}" for s in summary(comparison)), ""]
-        head = ["method", *(COLUMNS[n][0] for n in names), "time / retraining", "verdict"]
-        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        for row in rows:
-            cells = []
-            for n in names:
-                c = row.cells.get(n)
-                cells.append(
-                    "–"
-                    if c is None
-                    else f"{c.value} (ref. {c.reference}, {c.interval or 'no interval'})"
-                )
-            lines.append(
-                "| " + " | ".join([_escape(row.method), *cells, row.ratio, row.word]) + " |"
-            )
-        lines.append("")
-    lines += ["## How to read it", ""] + [f"- **{k}**: {v}" for k, v in EXPLAINED.items()]
+        lines += [*_markdown_table(comparison), ""]
+    lines += ["## How to read it", ""]
+    lines += ["A cell holds the value, then in brackets the reference, the gap to it, and the 95 % interval.", ""]  # fmt: skip
+    for name, words in explanations(data["comparisons"]).items():
+        lines.append(f"- `{name.replace('`', '')}`: {_escape(words.meaning)} {_escape(words.good)}")
     return "\n".join(lines) + "\n"
 
 
-def _escape(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+def _markdown_table(comparison: Mapping[str, Any]) -> Sequence[str]:
+    rows = method_rows(comparison)
+    names = present(rows, COLUMNS)
+    head = ["method", "verdict", "time / retraining", *(explain(n).label for n in names)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        verdict = row.word if row.method in SHOWN else f"{row.mark} {row.word}"
+        if row.notes:
+            verdict += f" ({', '.join(row.notes)})"
+        cells = [row.method, verdict, row.ratio]
+        for name in names:
+            c = row.cells.get(name)
+            if c is None or c.value == "–":
+                cells.append("–")
+                continue
+            beside = [f"ref. {c.reference}", *filter(None, (c.gap, c.interval))]
+            cells.append(f"{c.value} ({', '.join(beside)})")
+        lines.append("| " + " | ".join(_escape(c) for c in cells) + " |")
+    return lines
+
+
+def _escape(text: object) -> str:
+    """Text that Markdown shows as it is."""
+    words = " ".join(str(text).split())
+    for sign in "\\|*_[`":
+        words = words.replace(sign, "\\" + sign)
+    return words.replace("<", "&lt;")

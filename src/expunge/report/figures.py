@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expunge.report.svg import BOTTOM, LEFT, Plot
-from expunge.report.verdict import MARKS, WORDS, method_verdict
+from expunge.report.explain import explain
+from expunge.report.svg import Box, Plot
+from expunge.report.table import number
+from expunge.report.verdict import MARKS, SCORES, WORDS, finite, method_verdict
+from expunge.report.words import SHOWN, by_method, times
 
 Comparison = Mapping[str, Any]
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A titled figure: panels, a legend of (style, words), and how to read it."""
+    """A titled figure: how to read it, panels of (caption, SVG), a legend of (style, words)."""
 
     title: str
     note: str
     panels: list[tuple[str, str]]
     legend: list[tuple[str, str]]
+    foot: str = ""
 
 
 def all_figures(comparison: Comparison) -> list[Figure]:
@@ -30,86 +36,67 @@ def all_figures(comparison: Comparison) -> list[Figure]:
     return [figure for maker in makers if (figure := maker(comparison)) is not None]
 
 
-def first_rows(comparison: Comparison) -> list[Mapping[str, Any]]:
+def first_rows(comparison: Comparison) -> list[Row]:
     """The first seed of every method, in order."""
-    seen: dict[str, Mapping[str, Any]] = {}
-    for row in comparison["rows"]:
-        seen.setdefault(row["method"], row)
-    return list(seen.values())
+    return [rows[0] for rows in by_method(comparison).values()]
 
 
-def found(row: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+def found(row: Row, name: str) -> dict[str, Any] | None:
     """A finding with a value, or None."""
     finding = row["findings"].get(name)
-    return finding if finding and finding.get("value") is not None else None
+    return finding if finding and finite(finding.get("value")) is not None else None
 
 
-def distance(row: Mapping[str, Any]) -> float | None:
+def distance(row: Row) -> float | None:
     """Mean absolute gap of the accuracies to the retrained models'."""
     gaps = [
-        abs(f["gap"])
+        abs(gap)
         for n, f in row["findings"].items()
-        if n.startswith("accuracy/") and f.get("gap") is not None
+        if n.startswith("accuracy/") and (gap := finite(f.get("gap"))) is not None
     ]
-    return sum(gaps) / len(gaps) if gaps else None
+    return statistics.fmean(gaps) if gaps else None
 
 
 def quality_cost(comparison: Comparison) -> Figure | None:
-    """Distance to retraining against cost; a number beside each point leads to the legend."""
-    points = []
+    """Distance to retraining against cost; a number beside each method's first dot is its name."""
+    points: list[tuple[Row, float, float]] = []
     for row in comparison["rows"]:
-        away = distance(row)
-        if row["method"] != "original" and away is not None and row.get("cost_ratio"):
-            points.append((row, row["cost_ratio"], away))
-    if not points:
+        away, ratio = distance(row), finite(row.get("cost_ratio"))
+        if row["method"] != "original" and away is not None and ratio:
+            points.append((row, ratio, away))
+    if not any(r["method"] not in SHOWN for r, _, _ in points):
         return None
     ratios = [p[1] for p in points]
-    top = max(0.05, max(p[2] for p in points) * 1.15)
     plot = Plot(
         "Distance to retraining against cost",
-        "; ".join(f"{r['method']}: {x:.2g}× the time, gap {y:.3f}" for r, x, y in points),
-        (min(ratios) / 2, max(1.0, max(ratios)) * 2), (0.0, top),
-        "time / time of retraining", "mean accuracy gap", width=520, height=300, log_x=True,
+        "; ".join(f"{r['method']}: {times(x)} the time, gap {y:.3f}" for r, x, y in points),
+        (min(ratios) / 2, max(1.0, *ratios) * 2), (0.0, max(0.05, max(p[2] for p in points) * 1.2)),
+        "time / time of retraining", "mean accuracy gap", width=460, height=300, log_x=True,
     )  # fmt: skip
-    methods = list(dict.fromkeys(r["method"] for r, _, _ in points))
-    placed: list[tuple[float, float]] = []
+    order = list(dict.fromkeys(r["method"] for r, _, _ in points))
+    taken: list[Box] = [(plot.px(x) - 6, plot.py(y) - 6, plot.px(x) + 6, plot.py(y) + 6) for _, x, y in points]  # fmt: skip
     for row, x, y in points:
-        number = methods.index(row["method"]) + 1
         state = "ref" if row["method"] == "retrain" else method_verdict([row]).state
-        plot.dot(x, y, f"state-{state}", f"{row['method']}: {x:.2g}×, gap {y:.3f}")
-        if row is next(r for r, _, _ in points if r["method"] == row["method"]):
-            placed.append(_place(plot, plot.px(x), plot.py(y), str(number), placed))
+        plot.dot(x, y, f"state-{state}", f"{row['method']}: {times(x)}, gap {y:.3f}")
     legend = []
-    for number, method in enumerate(methods, 1):
-        own = [r for r, _, _ in points if r["method"] == method]
-        state = "ref" if method == "retrain" else method_verdict(own).state
-        word = "reference" if method == "retrain" else f"{MARKS[state]} {WORDS[state]}"
-        legend.append((f"state-{state}", f"{number} {method} – {word}"))
-    note = (
-        "Left is cheaper, down is closer to a model retrained without the data. A dot is one run."
-    )
+    for n, method in enumerate(order, 1):
+        own = [p for p in points if p[0]["method"] == method]
+        plot.label(own[0][1], own[0][2], str(n), taken)
+        state = method_verdict([r for r, _, _ in own]).state
+        if method == "retrain":
+            legend.append(("state-ref", f"{n} {method}: the reference"))
+        else:
+            legend.append((f"state-{state}", f"{n} {method}: {MARKS[state]} {WORDS[state]}"))
+    note = "Left is cheaper; down is closer to a model retrained without the data, counting too much forgetting as distance. A dot is one run."
     return Figure("Quality and cost", note, [("", plot.svg())], legend)
-
-
-def _place(
-    plot: Plot, x: float, y: float, words: str, taken: Sequence[tuple[float, float]]
-) -> tuple[float, float]:
-    """Put a small number near a point where no other number is."""
-    for dx, dy in ((8, -4), (8, 13), (-16, -4), (-16, 13), (-4, -10), (-4, 20), (20, 4), (-28, 4), (20, -14), (20, 24), (-28, -14), (-28, 24), (32, 4), (-40, 4)):  # fmt: skip
-        spot = (x + dx, y + dy)
-        free = all(abs(spot[0] - a) > 11 or abs(spot[1] - b) > 13 for a, b in taken)
-        inside = LEFT < spot[0] < plot.width - 18 and 10 < spot[1] < plot.height - BOTTOM - 2
-        if free and inside:
-            plot.text(*spot, words)
-            return spot
-    return (x, y)
 
 
 def per_class(comparison: Comparison) -> Figure | None:
     """Accuracy per true class on test data, one panel a method, the retrained models' as a tick."""
     rows = first_rows(comparison)
     reference = _class_shares(next((r for r in rows if r["method"] == "retrain"), None))
-    forgotten = {str(c) for c in comparison["request"].get("label") or []}
+    label = (comparison.get("request") or {}).get("label") or []
+    forgotten = {str(c) for c in (label if isinstance(label, (list, tuple)) else [label])}
     panels = []
     for row in rows:
         shares = _class_shares(row)
@@ -119,9 +106,8 @@ def per_class(comparison: Comparison) -> Figure | None:
         plot = Plot(
             f"Accuracy per class: {row['method']}",
             ", ".join(f"class {c}: {v:.2f}" for c, v in shares.items()),
-            (-0.7, len(names) - 0.3), (0.0, 1.0), "", "accuracy", height=150, width=300,
-            x_ticks=[(i, c) for i, c in enumerate(names) if len(names) <= 12 or i % (len(names) // 6) == 0],
-            y_ticks=[(0.0, "0"), (0.5, "0.5"), (1.0, "1")],
+            (-0.7, len(names) - 0.3), (0.0, 1.0), "class", "accuracy", height=160, width=300,
+            x_ticks=list(enumerate(names)), y_ticks=[(0.0, "0"), (0.5, "0.5"), (1.0, "1")],
         )  # fmt: skip
         for i, c in enumerate(names):
             plot.bar(i, shares[c], 0.7, "forget" if c in forgotten else "retain")
@@ -131,82 +117,108 @@ def per_class(comparison: Comparison) -> Figure | None:
     if not panels:
         return None
     legend = [("forget", "class to forget"), ("retain", "other class"), ("refline", "retrained")]
-    note = (
-        "Test data. A bar should end at the retrained model's line, also for the class to forget."
-    )
-    return Figure("Accuracy per class", note, panels, legend if forgotten else legend[1:])
+    shown = {c for row in rows for c in _class_shares(row)}
+    legend = legend if forgotten & shown else legend[1:]
+    note = "Test data. A bar should end at the retrained model's line, for the class to forget too: below it more was forgotten than retraining forgets."
+    if not reference:
+        legend, note = legend[:-1], "Test data. No retrained model to compare with."
+    return Figure("Accuracy per class", note, panels, legend)
 
 
-def _class_shares(row: Mapping[str, Any] | None) -> dict[str, float]:
-    if row is None:
-        return {}
-    counts: dict[str, list[int]] = {}
-    for split in ("forget-test", "retain-test"):
-        finding = found(row, f"accuracy/{split}")
-        for c, (right, total) in ((finding or {}).get("detail") or {}).get("per_class", {}).items():
-            old = counts.get(c, [0, 0])
-            counts[c] = [old[0] + right, old[1] + total]
-    return {c: r / n for c, (r, n) in sorted(counts.items(), key=lambda item: int(item[0])) if n}
+def _class_shares(row: Row | None) -> dict[str, float]:
+    counts: dict[str, tuple[int, int]] = {}
+    for split in ("forget-test", "retain-test") if row else ():
+        detail = (found(row, f"accuracy/{split}") or {}).get("detail") or {}  # type: ignore[arg-type]
+        for c, (right, total) in (detail.get("per_class") or {}).items():
+            old = counts.get(str(c), (0, 0))
+            counts[str(c)] = (old[0] + right, old[1] + total)
+    by_number = sorted(counts.items(), key=lambda i: (not i[0].isdigit(), int(i[0]) if i[0].isdigit() else 0, i[0]))  # fmt: skip
+    return {c: right / total for c, (right, total) in by_number if total}
 
 
 def membership(comparison: Comparison) -> Figure | None:
     """Score histograms of forget, retain and unseen samples with the attack's threshold."""
-    panels = []
+    panels, used = [], []
+    groups = ("retain", "nonmember", "forget")
     for row in first_rows(comparison):
-        finding = next((f for n in ("loss", "entropy", "confidence") if (f := found(row, f"membership/auc-{n}"))), None)  # fmt: skip
-        detail = (finding or {}).get("detail") or {}
-        if finding is None or "histogram" not in detail:
+        score = next((s for s in SCORES if _histogram(row, s)), None)
+        if score is None:
             continue
-        h = detail["histogram"]
-        top = max(max(h[g]) for g in ("forget", "retain", "nonmember")) * 1.05
+        finding = row["findings"][f"membership/auc-{score}"]
+        h, cut = _histogram(row, score), finite(finding["detail"].get("threshold"))
+        shown = [g for g in groups if h.get(g)]
+        top = max(max(h[g]) for g in shown) * 1.05
+        reference = finite(finding.get("reference"))
+        beside = "" if reference is None else f", retrained {reference:.3f}"
+        at = "" if cut is None else f"; threshold {cut:.3g}"
         plot = Plot(
             f"Membership scores: {row['method']}",
-            f"Two-sided AUC {finding['value']:.3f}, retrained {finding.get('reference') or float('nan'):.3f}",
-            (h["edges"][0], h["edges"][-1]), (0.0, top or 1.0), "log-probability of the true class",
-            "share of samples", height=170, width=300,
+            f"Two-sided AUC {finding['value']:.3f}{beside}{at}",
+            (h["edges"][0], h["edges"][-1]), (0.0, top or 1.0), _SCORE_AXIS[score],
+            "share of samples", height=180, width=300,
         )  # fmt: skip
-        for group in ("retain", "nonmember", "forget"):
+        for group in shown:
             plot.steps(h["edges"], h[group], group)
-        plot.vertical(detail["threshold"])
-        panels.append((f"{row['method']}: AUC {finding['value']:.2f}", plot.svg()))
+        if cut is not None:
+            plot.vertical(cut)
+        used.append(score)
+        side = f", retrained {reference:.2f}" if reference is not None else ""
+        panels.append((f"{row['method']}: AUC {finding['value']:.2f}{side}", plot.svg()))
     if not panels:
         return None
-    legend = [
-        ("forget", "to forget"),
-        ("retain", "kept (members)"),
-        ("nonmember", "never seen"),
-        ("cutline", "attack threshold"),
-    ]
-    note = "Forgotten samples should lie where they lie in a retrained model; usually that is with the samples never seen."
+    legend = [("forget", "to forget"), ("retain", "kept (members)"), ("nonmember", "never seen"), ("cutline", "attack threshold")]  # fmt: skip
+    note = "Right looks more like training data. Forgotten samples should lie where they lie in a retrained model; usually that is with the samples never seen, neither to the right of them nor to the left."
     return Figure("Membership scores", note, panels, legend)
+
+
+_SCORE_AXIS = {
+    "loss": "log-probability of the true class",
+    "confidence": "probability of the true class",
+    "entropy": "negative entropy",
+    "modified-entropy": "negative modified entropy",
+    "correctness": "right (1) or wrong (0)",
+}
+
+
+def _histogram(row: Row, score: str) -> dict[str, Any]:
+    finding = found(row, f"membership/auc-{score}")
+    h = ((finding or {}).get("detail") or {}).get("histogram") or {}
+    ok = len(h.get("edges") or []) > 1 and any(h.get(g) for g in ("forget", "retain", "nonmember"))
+    return h if ok else {}
 
 
 def cka(comparison: Comparison) -> Figure | None:
     """Similarity to the original, layer by layer, on forget data; the retrained models dashed."""
-    rows = [r for r in first_rows(comparison) if r["method"] not in ("original", "retrain")]
-    with_it = [
-        (r, f) for r in rows if (f := found(r, "cka/original")) and f["detail"].get("layers")
-    ]
-    if not with_it:
-        return None
-    panels = []
-    for row, finding in with_it:
-        layers = finding["detail"]["layers"]
-        values, reference = finding["detail"]["values"], finding["detail"].get("reference_values")
+    panels: list[tuple[str, str]] = []
+    names: list[str] = []
+    compared = False
+    for row in first_rows(comparison):
+        detail = (found(row, "cka/original") or {}).get("detail") or {}
+        values, layers = detail.get("values"), detail.get("layers")
+        if row["method"] in SHOWN or not values or not layers:
+            continue
+        reference = detail.get("reference_values")
+        beside = ["" if not reference else f" (retrained {r:.2f})" for r in reference or values]
+        last = max(2, len(layers))
         plot = Plot(
             f"CKA to the original: {row['method']}",
-            ", ".join(f"{n}: {v:.2f}" for n, v in zip(layers, values, strict=True)),
-            (1, max(2, len(layers))), (0.0, 1.0), "layer, input to output", "CKA", height=160, width=300,
-            x_ticks=[(1, "1"), (max(2, len(layers)), str(len(layers)))],
+            ", ".join(f"{n}: {v:.2f}{b}" for n, v, b in zip(layers, values, beside, strict=False)),
+            (1, last), (0.0, 1.0), "layer, input to output", "CKA", height=170, width=300,
+            x_ticks=[(i, str(i)) for i in range(1, len(layers) + 1)],
             y_ticks=[(0.0, "0"), (0.5, "0.5"), (1.0, "1")],
         )  # fmt: skip
         if reference:
             plot.line(list(enumerate(reference, 1)), "dashed")
+            compared = True
         plot.line(list(enumerate(values, 1)), "forget")
         panels.append((row["method"], plot.svg()))
-    legend = [("forget", "this method"), ("dashline", "retrained models")]
+        names = list(layers) if not names or names == list(layers) else ["…"]
+    if not panels:
+        return None
+    legend = [("forgetline", "this method")] + [("dashline", "retrained models")] * compared
     note = "Similarity of hidden layers to the original on forgotten samples. A line far above the dashed one still represents them as before."
-    return Figure("Layers (CKA)", note, panels, legend)
+    foot = "" if names == ["…"] else "Layers: " + ", ".join(f"{i} {n}" for i, n in enumerate(names, 1))  # fmt: skip
+    return Figure("Layers (CKA)", note, panels, legend, foot)
 
 
 def curves(comparison: Comparison) -> Figure | None:
@@ -214,60 +226,47 @@ def curves(comparison: Comparison) -> Figure | None:
     panels = []
     for row in first_rows(comparison):
         points = [
-            (p["step"], p["loss"]) for p in row.get("curve") or [] if p.get("loss") is not None
+            (step, loss)
+            for p in row.get("curve") or []
+            if (step := finite(p.get("step"))) is not None
+            and (loss := finite(p.get("loss"))) is not None
         ]
-        if len(points) < 2:
+        if len(points) < 2 or points[-1][0] <= points[0][0]:
             continue
-        values = sorted(v for _, v in points)
-        low, high = values[0], values[-1]
+        low, high = min(v for _, v in points), max(v for _, v in points)
         pad = 0.05 * (high - low or 1.0)
         plot = Plot(
             f"Unlearning curve: {row['method']}",
-            f"from {points[0][1]:.3g} to {points[-1][1]:.3g} in {points[-1][0]} steps",
-            (0, points[-1][0]), (low - pad, high + pad), "step", "loss", height=150, width=300,
+            f"loss from {points[0][1]:.3g} to {points[-1][1]:.3g} in {points[-1][0]:.0f} steps",
+            (points[0][0], points[-1][0]), (low - pad, high + pad), "step", "loss", height=160, width=300,
         )  # fmt: skip
         plot.line(points, "forget")
         panels.append((row["method"], plot.svg()))
-    if not panels:
-        return None
-    return Figure(
-        "Unlearning curves",
-        "What each method minimised; methods that edit weights have none.",
-        panels,
-        [],
-    )
+    note = "The loss each method minimised. Losses of different methods are different quantities; methods that edit weights have none."
+    return Figure("Unlearning curves", note, panels, []) if panels else None
 
 
 def matrices(comparison: Comparison) -> Figure | None:
     """True × predicted matrices as shades, one panel a method."""
     panels = []
     for row in first_rows(comparison):
-        detail = (row["findings"].get("prediction-matrix/test") or {}).get("detail") or {}
-        matrix = detail.get("matrix")
-        if not matrix or len(matrix) > 20:
-            continue
+        finding = row["findings"].get("prediction-matrix/test") or {}
+        matrix: Sequence[Sequence[float]] = (finding.get("detail") or {}).get("matrix") or []
         size = len(matrix)
+        if not 1 < size <= 20:
+            continue
         plot = Plot(
-            f"Predictions: {row['method']}", "rows: true class, columns: predicted class",
-            (-0.5, size - 0.5), (-0.5, size - 0.5), "predicted", "true", width=230, height=220,
-            x_ticks=[(i, str(i)) for i in range(size)] if size <= 12 else [],
-            y_ticks=[(size - 1 - i, str(i)) for i in range(size)] if size <= 12 else [],
+            f"Predictions: {row['method']}",
+            "; ".join(f"class {i} most often called {max(range(size), key=shares.__getitem__)}" for i, shares in enumerate(matrix)),
+            (-0.5, size - 0.5), (-0.5, size - 0.5), "predicted", "true", width=250, height=240,
+            x_ticks=[(i, str(i)) for i in range(size)],
+            y_ticks=[(size - 1 - i, str(i)) for i in range(size) if size <= 12 or i % 5 == 0],
         )  # fmt: skip
         for i, shares in enumerate(matrix):
             for j, share in enumerate(shares):
                 if share > 0.004:
-                    left, right = plot.px(j - 0.47), plot.px(j + 0.47)
-                    top, bottom = plot.py(size - 1 - i + 0.47), plot.py(size - 1 - i - 0.47)
-                    plot.marks.append(
-                        f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" '
-                        f'class="bar retain" style="opacity:{min(1.0, 0.12 + 0.88 * share):.2f}"><title>{i} called {j}: {share:.2f}</title></rect>'
-                    )
-        panels.append((row["method"], plot.svg()))
-    if not panels:
-        return None
-    return Figure(
-        "Predictions",
-        "Share of each true class (row) called each class (column), on test data.",
-        panels,
-        [],
-    )
+                    plot.cell(j, size - 1 - i, share, f"{i} called {j}: {share:.2f}")
+        value = finite(finding.get("value"))
+        panels.append((row["method"] + (f": {number(value)}" if value is not None else ""), plot.svg()))  # fmt: skip
+    note = f"Share of each true class (row) called each class (column), on test data; the number is the distance to retrained models. {explain('prediction-matrix/test').good}"
+    return Figure("Predictions", note, panels, []) if panels else None

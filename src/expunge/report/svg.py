@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36
-FONT = 11
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 42
+FONT = 12
+_WIDE = 0.62  # width of a digit or letter, in font sizes; a little more than most fonts have
 
 Scale = Callable[[float], float]
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+
+
+def text_width(words: str) -> float:
+    """Estimated width of a text in pixels."""
+    return len(words) * FONT * _WIDE
 
 
 def linear(low: float, high: float, start: float, end: float) -> Scale:
@@ -27,6 +35,8 @@ def linear(low: float, high: float, start: float, end: float) -> Scale:
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers within [low, high]: steps of 1, 2 or 5 times a power of ten."""
     span = (high - low) or 1.0
+    if not math.isfinite(span):
+        return []
     raw = span / about
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
@@ -37,8 +47,12 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 def short(value: float) -> str:
     """A tick's text: no trailing zeros, k for thousands."""
     if abs(value) >= 10_000:
-        return f"{value / 1000:g}k"
-    return f"{value:.10g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.0e}"
+        words = f"{value / 1000:.4g}k"
+    elif abs(value) < 1e-4 and value != 0:
+        words = f"{value:.0e}"
+    else:
+        words = f"{value:.6g}"
+    return words.replace("-", "−")
 
 
 @dataclass
@@ -105,6 +119,15 @@ class Plot:
             f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{self.height - BOTTOM}" class="cut"/>'
         )
 
+    def cell(self, column: float, row: float, share: float, note: str) -> None:
+        """Shade a unit square around (column, row) by a share in 0 … 1, with a tooltip."""
+        left, right = self.px(column - 0.47), self.px(column + 0.47)
+        top, bottom = self.py(row + 0.47), self.py(row - 0.47)
+        self.marks.append(
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" '
+            f'class="bar retain" opacity="{min(1.0, 0.12 + 0.88 * share):.2f}"><title>{escape(note)}</title></rect>'
+        )
+
     def dot(self, x: float, y: float, style: str, note: str) -> None:
         """Draw a point with a tooltip."""
         self.marks.append(
@@ -112,9 +135,36 @@ class Plot:
             f"<title>{escape(note)}</title></circle>"
         )
 
-    def text(self, left: float, top: float, words: str) -> None:
-        """Put words at a pixel position."""
-        self.marks.append(f'<text x="{left:.1f}" y="{top:.1f}">{escape(words)}</text>')
+    def label(self, x: float, y: float, words: str, taken: list[Box]) -> None:
+        """Put words near a data point where nothing else is, with a leader line if further away.
+
+        Args:
+            x: of the point, in data coordinates.
+            y: of the point.
+            words: a short label, such as a number.
+            taken: boxes that are occupied, in pixels; the label's own is added.
+        """
+        px, py, wide = self.px(x), self.py(y), text_width(words)
+        for radius in (10, 16, 24, 34, 46, 60, 76, 94):
+            for turn in range(16):
+                angle = 2 * math.pi * (turn / 16 - 0.1)
+                cx, cy = px + (radius + wide / 3) * math.cos(angle), py + radius * math.sin(angle)
+                box = (cx - wide / 2 - 1, cy - 7, cx + wide / 2 + 1, cy + 7)
+                inside = (
+                    box[0] >= LEFT + 2 and box[2] <= self.width - 2
+                    and box[1] >= 2 and box[3] <= self.height - BOTTOM - 2
+                )  # fmt: skip
+                if not inside or any(_meet(box, other) for other in taken):
+                    continue
+                if radius > 16:
+                    self.marks.append(
+                        f'<line x1="{px:.1f}" y1="{py:.1f}" x2="{cx:.1f}" y2="{cy:.1f}" class="leader"/>'
+                    )
+                self.marks.append(
+                    f'<text x="{cx:.1f}" y="{cy + 4:.1f}" text-anchor="middle" class="number">{escape(words)}</text>'
+                )
+                taken.append(box)
+                return
 
     def svg(self) -> str:
         """Return the panel as an SVG element that scales with the page."""
@@ -131,12 +181,17 @@ class Plot:
                 f'<line x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>'
             )
             parts.append(
-                f'<text x="{LEFT - 5}" y="{at + 4:.1f}" text-anchor="end">{escape(words)}</text>'
+                f'<text x="{LEFT - 5}" y="{at + 3.5:.1f}" text-anchor="end">{escape(words)}</text>'
             )
+        free = LEFT - 30.0
         for value, words in self._x_ticks():
-            at = self.px(value)
+            half = text_width(words) / 2
+            at = min(self.px(value), self.width - half - 1)
+            if at - half < free:
+                continue  # no room beside the tick before
+            free = at + half + 4
             parts.append(
-                f'<text x="{at:.1f}" y="{bottom + 14}" text-anchor="middle">{escape(words)}</text>'
+                f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(words)}</text>'
             )
         parts.append(f'<line x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}" class="axis"/>')
         if self.x_label:
@@ -157,4 +212,11 @@ class Plot:
         if not self.log_x:
             return [(t, short(t)) for t in ticks(*self.x, about=4)]
         low, high = (math.log10(v) for v in self.x)
-        return [(10.0**k, short(10.0**k)) for k in range(math.ceil(low), math.floor(high) + 1)]
+        steps = (1, 2, 5) if high - low < 2.2 else (1,)
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        values = [m * 10.0**k for k in powers for m in steps]
+        return [(v, short(v)) for v in values if self.x[0] <= v <= self.x[1]]
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

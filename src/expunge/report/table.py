@@ -3,25 +3,57 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from expunge.report.verdict import MARKS, WORDS, Judgement, judge, method_verdict, row_verdict
+from expunge.report.explain import explain
+from expunge.report.verdict import (
+    MARKS,
+    WORDS,
+    Judgement,
+    State,
+    closer,
+    finite,
+    judge,
+    method_verdict,
+)
+from expunge.report.words import SHOWN, by_method, times
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS: dict[str, tuple[str, str]] = {
-    "accuracy/forget-test": ("forget, test", "share right on test data of what is forgotten; good is the reference"),
-    "accuracy/retain-test": ("rest, test", "share right on all other test data; good is the reference or above"),
-    "accuracy/forget-train": ("forget, train", "share right on the forgotten samples; good is the reference"),
-    "accuracy/retain-train": ("rest, train", "share right on the kept training samples; good is the reference"),
-    "membership/auc-loss": ("membership AUC", "how well the loss tells forgotten from unseen samples, two-sided: ½ not at all, 1 perfectly; good is the reference"),
-    "divergence/js-forget-train": ("JS divergence", "distance of predictions on forgotten samples to retrained models, in nats (at most 0.69); lower is closer"),
-    "cka/reference": ("CKA to retrained", "similarity of hidden layers to retrained models, 0 … 1; higher is closer"),
-}  # fmt: skip
-"""Columns of the method table: finding → (heading, how to read it)."""
+COLUMNS = (
+    "accuracy/forget-test",
+    "accuracy/retain-test",
+    "accuracy/forget-train",
+    "accuracy/retain-train",
+    "membership/auc-loss",
+    "divergence/js-forget-train",
+    "cka/reference",
+)
+"""Findings with a column in the method table."""
+TERMINAL = (
+    "accuracy/forget-test",
+    "accuracy/retain-test",
+    "accuracy/forget-train",
+    "membership/auc-loss",
+)
+"""Findings with a column in the terminal."""
+_BEFORE = {"original": "before", "retrain": "reference"}
+_ORDER: tuple[State, ...] = ("lost", "short", "overshoot", "worse", "matches", "unjudged")
+_RANGES = {
+    "accuracy/": (0.0, 1.0),
+    "membership/auc": (0.5, 1.0),
+    "membership/attack": (0.5, 1.0),
+    "membership/efficacy": (0.0, 1.0),
+    "cka/": (0.0, 1.0),
+    "divergence/": (0.0, math.inf),
+    "prediction-matrix/": (0.0, 1.0),
+    "weight-distance/": (0.0, math.inf),
+    "cost/": (0.0, math.inf),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +71,11 @@ class Cell:
         """A shape for the state, so that colour is never alone."""
         return MARKS[self.judgement.state]
 
+    @property
+    def word(self) -> str:
+        """The state in two words."""
+        return WORDS[self.judgement.state]
+
 
 @dataclass(frozen=True)
 class MethodRow:
@@ -49,119 +86,183 @@ class MethodRow:
     cells: dict[str, Cell]
     ratio: str
     seconds: str
-    state: str
+    state: State
     word: str
     sentence: str
+    claims: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def shown(self) -> bool:
+        """Whether it is one of the two rows that are no methods under comparison."""
+        return self.method in SHOWN
+
+    @property
+    def mark(self) -> str:
+        """A shape for the state; none for the model before and the reference."""
+        return "" if self.shown else MARKS[self.state]
 
 
 def merged(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | None:
-    """One finding over several seeds: mean value, interval over seeds (2 standard errors).
+    """One finding over several seeds.
+
+    Args:
+        rows: a method's rows, one a seed.
+        name: the finding's name.
 
     Returns:
-        The finding, or None if no row has it. With one seed, its interval over samples stays.
+        The finding with the mean value and a 95 % interval of the mean over seeds (Student's t),
+        clipped to the measure's range and never narrower than the mean interval over samples:
+        seeds that agree do not make the test set larger. With one seed that has a value, its own
+        finding. None if no row has it.
     """
-    found = [r["findings"][name] for r in rows if name in r["findings"]]
-    values = [f["value"] for f in found if f["value"] is not None]
+    found = [f for r in rows if (f := r["findings"].get(name)) is not None]
+    usable = [f for f in found if finite(f.get("value")) is not None]
     if not found:
         return None
-    if len(values) < 2:
-        return dict(next((f for f in found if f["value"] is not None), found[0]))
-    mean = sum(values) / len(values)
-    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    half = max(
-        2 * error,
-        max(((f["high"] or 0) - (f["low"] or 0)) / 2 for f in found) / math.sqrt(len(values)),
-    )
-    reference = found[0]["reference"]
-    gap = None if reference is None else mean - reference
-    detail = dict(found[0].get("detail") or {})
-    raw = [f["detail"]["auc"] for f in found if "auc" in (f.get("detail") or {})]
-    if raw:
-        detail["auc"] = sum(raw) / len(raw)
+    if len(usable) < 2:
+        return dict((usable or found)[0])
+    values = [float(f["value"]) for f in usable]
+    mean = statistics.fmean(values)
+    halves = [(f["high"] - f["low"]) / 2 for f in usable if finite(f.get("low")) is not None and finite(f.get("high")) is not None]  # fmt: skip
+    half = max(_t95(len(values)) * statistics.stdev(values) / math.sqrt(len(values)), statistics.fmean(halves) if halves else 0.0)  # fmt: skip
+    low, high = next((r for p, r in _RANGES.items() if name.startswith(p)), (-math.inf, math.inf))
+    references = [r for f in usable if (r := finite(f.get("reference"))) is not None]
+    reference = statistics.fmean(references) if references else None
     return {
-        **found[0],
+        **usable[0],
         "value": mean,
-        "low": mean - half,
-        "high": mean + half,
-        "gap": gap,
-        "detail": detail,
+        "low": min(mean, max(low, mean - half)),
+        "high": max(mean, min(high, mean + half)),
+        "reference": reference,
+        "gap": None if reference is None else mean - reference,
     }
 
 
-def method_rows(
-    comparison: Mapping[str, Any], columns: Sequence[str] = tuple(COLUMNS)
-) -> list[MethodRow]:
+def merged_judgement(rows: Sequence[Mapping[str, Any]], name: str) -> Judgement:
+    """The gravest judgement of a finding over seeds: a mean must not hide a seed that failed."""
+    judged = [judge(name, f) for r in rows if (f := r["findings"].get(name)) is not None]
+    for state in _ORDER:
+        own = [j for j in judged if j.state == state]
+        if own:
+            some = f"in {len(own)} of {len(judged)} seeds: " if len(own) < len(judged) else ""
+            return Judgement(state, some + own[0].sentence)
+    return Judgement("unjudged", "it was not measured")
+
+
+def method_rows(comparison: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> list[MethodRow]:
     """Rows of the method table, one a method, in the comparison's order."""
-    result = []
-    for method in dict.fromkeys(r["method"] for r in comparison["rows"]):
-        rows = [r for r in comparison["rows"] if r["method"] == method]
-        cells = {}
-        for name in columns:
-            finding = merged(rows, name)
-            if finding is not None:
-                cells[name] = cell(name, finding)
-        state = method_verdict(rows).state
-        ratios = [r["cost_ratio"] for r in rows if r.get("cost_ratio") is not None]
-        seconds = [r["seconds"] for r in rows if r.get("seconds")]
-        gravest = next(v for v in map(row_verdict, rows) if v.state == state)
-        word = {"original": "before", "retrain": "reference"}.get(method, WORDS[state])
-        result.append(
-            MethodRow(
-                method, len(rows), cells,
-                f"{sum(ratios) / len(ratios):.3g}×" if ratios and method != "original" else "–",
-                f"{sum(seconds) / len(seconds):.3g} s" if seconds else "–",
-                state, word, gravest.sentence,
-            )
-        )  # fmt: skip
-    return result
+    return [_row(method, rows, columns) for method, rows in by_method(comparison).items()]
 
 
-def cell(name: str, finding: Mapping[str, Any]) -> Cell:
-    """Turn a finding into text."""
-    low, high = finding.get("low"), finding.get("high")
-    interval = "" if low is None or high is None else f"{number(low)} … {number(high)}"
-    gap = finding.get("gap")
-    return Cell(
-        number(finding.get("value")),
-        number(finding.get("reference")),
-        "" if gap is None else f"{'+' if gap > 0 else '−' if gap < 0 else '±'}{number(abs(gap))}",
-        interval,
-        judge(name, finding),
+def present(rows: Sequence[MethodRow], columns: Sequence[str] = COLUMNS) -> list[str]:
+    """Columns in which some row has a value."""
+    return [n for n in columns if any(n in r.cells and r.cells[n].value != "–" for r in rows)]
+
+
+def _row(method: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> MethodRow:
+    cells = {
+        name: cell(name, finding, merged_judgement(rows, name), len(rows))
+        for name in columns
+        if (finding := merged(rows, name)) is not None
+    }
+    verdict = method_verdict(rows)
+    ratios = [r for row in rows if (r := finite(row.get("cost_ratio"))) is not None]
+    seconds = [s for row in rows if (s := finite(row.get("seconds")))]
+    finer = len({n for row in rows for n in closer(row)}) if verdict.state == "matches" else 0
+    notes = [f"{finer} finer finding{'s' if finer > 1 else ''} differ{'' if finer > 1 else 's'}"] if finer else []  # fmt: skip
+    if " seeds: " in verdict.sentence:
+        notes.insert(0, verdict.sentence.partition(":")[0])
+    claims = [rows[0].get(k) for k in ("intent", "guarantee", "fidelity")]
+    return MethodRow(
+        method=method,
+        seeds=len(rows),
+        cells=cells,
+        ratio=times(statistics.fmean(ratios)) if ratios and method != "original" else "–",
+        seconds=number(statistics.fmean(seconds), "cost/seconds") if seconds else "–",
+        state=verdict.state,
+        word=_BEFORE.get(method, WORDS[verdict.state]),
+        sentence=verdict.sentence,
+        claims=" · ".join(str(c) for c in claims if c),
+        notes=[] if method in SHOWN else notes,
     )
 
 
-def number(value: float | None) -> str:
-    """Three decimals below ten, else three digits; a dash for nothing."""
-    if value is None:
+def cell(name: str, finding: Mapping[str, Any], judgement: Judgement, seeds: int = 1) -> Cell:
+    """Turn a finding into text."""
+    low, high = finite(finding.get("low")), finite(finding.get("high"))
+    interval = ""
+    if low is not None and high is not None:
+        interval = f"{number(low, name)} … {number(high, name)}"
+        interval += f" over {seeds} seeds" if seeds > 1 else ""
+    gap = finite(finding.get("gap"))
+    return Cell(
+        number(finding.get("value"), name),
+        number(finding.get("reference"), name),
+        "" if gap is None else f"{'+' if gap > 0 else '−' if gap < 0 else '±'}{number(abs(gap), name)}",
+        interval,
+        judgement,
+    )  # fmt: skip
+
+
+def number(value: Any, name: str = "") -> str:
+    """A number for people: three decimals, large ones in groups, bytes with a unit."""
+    found = finite(value)
+    if found is None:
         return "–"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
+    if name == "cost/peak-memory":
+        for unit in ("B", "kB", "MB"):
+            if abs(found) < 1000:
+                return f"{found:.3g} {unit}"
+            found /= 1000
+        return f"{found:.3g} GB"
+    unit = " s" if name == "cost/seconds" else ""
+    if abs(found) >= 1000 or name in ("cost/samples", "cost/gradients"):
+        return f"{found:,.0f}{unit}".replace(",", "\u202f")
+    if name.startswith("cost/"):
+        return f"{found:.3g}{unit}"
+    return f"{found:.3f}" if abs(found) < 10 else f"{found:.3g}"
+
+
+def _t95(n: int) -> float:
+    """97.5 % point of Student's t with n − 1 degrees of freedom."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, 0.975))
 
 
 def terminal_table(comparison: Mapping[str, Any]) -> Table:
-    """The short table for a terminal."""
+    """The short table for a terminal: a value and, in brackets, that of retrained models."""
+    from rich.markup import escape
     from rich.table import Table
 
-    shown = [n for n in list(COLUMNS)[:5] if n != "accuracy/retain-train"]
     table = Table(
-        title=comparison["title"],
+        title=escape(str(comparison["title"])),
         title_justify="left",
         title_style="bold",
         box=None,
         pad_edge=False,
     )
     table.add_column("method")
-    for name in shown:
-        table.add_column(COLUMNS[name][0] + "\n(retrained)", justify="right")
+    for name in TERMINAL:
+        table.add_column(explain(name).label + "\n(retrained)", justify="right")
     table.add_column("time /\nretraining", justify="right")
     table.add_column("verdict")
-    colours = {"matches": "green", "short": "red", "overshoot": "magenta", "lost": "yellow"}
-    for row in method_rows(comparison, shown):
+    colours = {
+        "matches": "green",
+        "short": "red",
+        "overshoot": "magenta",
+        "lost": "yellow",
+        "worse": "yellow",
+    }
+    for row in method_rows(comparison, TERMINAL):
         cells = []
-        for name in shown:
+        for name in TERMINAL:
             one = row.cells.get(name)
             cells.append("–" if one is None else f"{one.value} ({one.reference})")
-        style = "" if row.method in ("original", "retrain") else colours.get(row.state, "")
+        style = "" if row.shown else colours.get(row.state, "")
+        word = f"{row.mark} {row.word}".strip()
         table.add_row(
-            row.method, *cells, row.ratio, f"[{style}]{row.word}[/]" if style else row.word
+            escape(row.method), *cells, row.ratio, f"[{style}]{word}[/]" if style else word
         )
     return table

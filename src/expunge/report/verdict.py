@@ -290,4 +290,3 @@ def _side(name: str, signed: bool, toward: float | None, allowed: float) -> int:
     if name.startswith("membership/efficacy"):
         return -1
     return 0 if toward is None or toward == 0 else (1 if toward > 0 else -1)
-

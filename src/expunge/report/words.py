@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expunge.report.explain import explain
 from expunge.report.verdict import State, claim, closer, finite, method_verdict, row_verdict
 
 Rows = Sequence[Mapping[str, Any]]
@@ -52,14 +53,14 @@ def told(comparison: Mapping[str, Any]) -> list[tuple[State | None, str]]:
     ):  # fmt: skip
         if found := groups.get(state):  # type: ignore[call-overload]
             names = [named(m, rows) for m, rows in found.items()]
-            said.append((state, f"{listed(names)} {one if len(names) == 1 else many}"))  # type: ignore[arg-type]
+            said.append((state, f"{_brief(names)} {one if len(names) == 1 else many}"))  # type: ignore[arg-type]
             if state == "lost":
                 said += _lost_and(found)
     reasons: dict[str, list[str]] = {}
     for method, rows in groups.get("unjudged", {}).items():
         reasons.setdefault(method_verdict(rows).sentence, []).append(named(method, rows))
     for reason, names in reasons.items():
-        said.append(("unjudged", f"{listed(names)} {'gets' if len(names) == 1 else 'get'} no verdict: {reason}."))  # fmt: skip
+        said.append(("unjudged", f"{_brief(names)} {'gets' if len(names) == 1 else 'get'} no verdict: {reason}."))  # fmt: skip
     return said if groups else [*said, (None, "No method was run.")]
 
 
@@ -96,6 +97,12 @@ def times(ratio: float) -> str:
     return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.2g}×"
 
 
+def _brief(names: Sequence[str]) -> str:
+    """Join named methods; only the first says what its price is relative to."""
+    rest = [n.replace("× the time of retraining", "×") for n in names[1:]]
+    return listed([*names[:1], *rest])
+
+
 def listed(names: Sequence[str]) -> str:
     """Join names with commas and a last `and`."""
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
@@ -125,20 +132,26 @@ def _matching(found: Mapping[str, Rows]) -> list[tuple[State | None, str]]:
         joint = ":" if words.startswith("its ") else ""
         for one, many in plural if len(names) > 1 else ():
             words = words.replace(one, many, 1)
-        said.append(("matches", f"{listed(names)}{joint} {words}."))
-    finer = {m: sorted({n for r in rows for n in closer(r)}) for m, rows in found.items()}
-    differing = [f"{m} (in {_counted(names)})" for m, names in finer.items() if names]
+        said.append(("matches", f"{_brief(names)}{joint} {words}."))
+    differing = [f"{m} ({finer})" for m, rows in found.items() if (finer := _finer(rows))]
     if differing:
         verb = "differs" if len(differing) == 1 else "differ"
         said.append(("worse", f"Seen more closely, {listed(differing)} still {verb} from retrained models by more than those do from each other."))  # fmt: skip
     return said
 
 
-def _counted(names: Sequence[str]) -> str:
-    """At most three names, then how many more."""
-    if len(names) <= 3:
-        return listed(names)
-    return f"{', '.join(names[:2])} and {len(names) - 2} more findings"
+def _finer(rows: Rows) -> str:
+    """The first finding, with its numbers, in which the first differing seed still differs."""
+    row = next((r for r in rows if closer(r)), None)
+    if row is None:
+        return ""
+    names = sorted(closer(row), key=lambda n: n != "divergence/js-forget-train")
+    finding = row["findings"][names[0]]
+    more = len(names) - 1
+    rest = f" and {more} more finding{'s' if more > 1 else ''}" if more else ""
+    return (
+        f"{explain(names[0]).label} {finding['value']:.2g} against {finding['reference']:.2g}{rest}"
+    )
 
 
 def _lost_and(found: Mapping[str, Rows]) -> list[tuple[State | None, str]]:

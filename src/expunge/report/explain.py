@@ -1,0 +1,156 @@
+"""What every finding is, its range, and where good lies: the words beside the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A finding in words.
+
+    Attributes:
+        label: a few words for headings and lists.
+        meaning: what was measured, and its range.
+        good: where good lies.
+    """
+
+    label: str
+    meaning: str
+    good: str
+
+
+_SPLITS = {
+    "forget-train": "the samples to be forgotten",
+    "retain-train": "the training samples to be kept",
+    "forget-test": "test samples of what is to be forgotten",
+    "retain-test": "all other test samples",
+}
+_SPLIT_LABELS = {
+    "forget-train": "forget, train",
+    "retain-train": "rest, train",
+    "forget-test": "forget, test",
+    "retain-test": "rest, test",
+}
+_SCORES = {
+    "loss": "the log-probability of the true class",
+    "confidence": "the probability of the true class",
+    "entropy": "the negative entropy of the prediction",
+    "modified-entropy": "the negative modified entropy, which also looks at the true class",
+    "correctness": "whether the prediction is right",
+}
+_REFERENCE = "Toward the reference: what retrained models reach. Beyond it is over-forgetting."
+_KEPT = "The reference or above."
+_AMONG = "Down to the reference, which is the distance of retrained models to each other."
+_AMONG_UP = "Up to the reference, which is the similarity of retrained models to each other."
+_PRICE = "Down. A price, not a verdict."
+
+
+def _known() -> dict[str, Explanation]:
+    found: dict[str, Explanation] = {}
+    for split, what in _SPLITS.items():
+        found[f"accuracy/{split}"] = Explanation(
+            _SPLIT_LABELS[split],
+            f"Share of right predictions on {what}, 0 to 1.",
+            _REFERENCE if split.startswith("forget") else _KEPT,
+        )
+    for split, what in _SPLITS.items():
+        for kind, words in (("js", "Jensen–Shannon divergence, at most 0.69"), ("kl", "Kullback–Leibler divergence, without an upper end")):  # fmt: skip
+            found[f"divergence/{kind}-{split}"] = Explanation(
+                f"{kind.upper()} divergence ({_SPLIT_LABELS[split]})",
+                f"Distance between the predicted distributions and those of retrained models on {what}, in nats ({words}).",
+                _AMONG,
+            )
+    found["prediction-matrix/test"] = Explanation(
+        "prediction matrix",
+        "Mean distance between the rows of the true × predicted matrix and those of retrained models, on test data, 0 to 1.",
+        _AMONG,
+    )
+    for score, what in _SCORES.items():
+        found[f"membership/auc-{score}"] = Explanation(
+            "membership AUC" if score == "loss" else f"membership AUC, {score}",
+            f"How well {what} tells forgotten from unseen samples: two-sided AUC, ½ (not at all) to 1 (perfectly). "
+            "The raw AUC tells the side: above the reference they still look trained on, below it they stand out as erased.",
+            "Toward the reference, not toward ½: retrained models may be told apart as well.",
+        )
+    for attacker, what in (("svc", "A support vector machine on the confidence"), ("logistic", "Logistic regression on the entropy")):  # fmt: skip
+        found[f"membership/efficacy-{attacker}"] = Explanation(
+            f"membership efficacy, {attacker}",
+            f"{what}, fitted on kept training against kept test samples, calls this share of the forgotten samples unseen, 0 to 1.",
+            _REFERENCE,
+        )
+    found["membership/attack-accuracy"] = Explanation(
+        "membership attack accuracy",
+        "Balanced accuracy of an attacker fitted to tell forgotten from unseen samples by their loss, ½ to 1.",
+        "Toward the reference.",
+    )
+    for suffix, what in (("", "the forgotten samples"), ("-retain", "kept samples")):
+        side = "" if not suffix else ", kept data"
+        found[f"cka/original{suffix}"] = Explanation(
+            f"CKA to the original{side}",
+            f"Similarity of the hidden layers to the original model's on {what}, 0 to 1, mean over layers.",
+            _REFERENCE if not suffix else _KEPT,
+        )
+        found[f"cka/reference{suffix}"] = Explanation(
+            f"CKA to retrained{side}",
+            f"Similarity of the hidden layers to retrained models' on {what}, 0 to 1, mean over layers.",
+            _AMONG_UP,
+        )
+    for end, what in (("original", "the original"), ("reference", "retrained models")):
+        found[f"weight-distance/{end}"] = Explanation(
+            f"weights, distance to {what}",
+            f"Relative distance of the weights to {what}', 0 upward.".replace("original'", "original's"),
+            "No verdict: it says how much was changed, not what was forgotten.",
+        )  # fmt: skip
+    for what, words in (
+        ("seconds", "Wall time of unlearning in seconds; the reference is a retraining."),
+        ("ratio", "Wall time of unlearning over that of a retraining; 1 is no saving."),
+        ("samples", "Samples read, each as often as it was read."),
+        ("gradients", "Gradient evaluations: one sample in one backward pass."),
+        ("peak-memory", "Growth of memory over the start of the run, in bytes."),
+    ):
+        found[f"cost/{what}"] = Explanation(f"cost, {what.replace('-', ' ')}", words, _PRICE)
+    return found
+
+
+KNOWN: dict[str, Explanation] = _known()
+"""Explanations of all findings of the bundled audits."""
+_DIRECTIONS = {"reference": "Toward the reference.", "down": "Down.", "up": "Up."}
+
+
+def explain(name: str, direction: str = "reference") -> Explanation:
+    """Return the words for a finding; for one of a third party, what its name and direction say.
+
+    Args:
+        name: `audit/what`.
+        direction: where good lies, used for unknown names.
+
+    Returns:
+        The explanation.
+    """
+    if name in KNOWN:
+        return KNOWN[name]
+    audit, _, what = name.partition("/")
+    if what == "all":
+        return Explanation(f"{audit}, as a whole", f"The audit {audit} could not be run.", "–")
+    return Explanation(
+        f"{audit}, {what.replace('-', ' ')}" if what else audit,
+        f"Defined by the audit {audit!r}; `expunge audits show {audit}` describes it.",
+        _DIRECTIONS.get(direction, _DIRECTIONS["reference"]),
+    )
+
+
+def explanations(comparisons: Iterable[Mapping[str, Any]]) -> dict[str, Explanation]:
+    """Explanations of every finding that occurs, in the order of the known ones, others after.
+
+    Args:
+        comparisons: the report's comparisons.
+
+    Returns:
+        Explanations by name.
+    """
+    there = {n: f for c in comparisons for row in c["rows"] for n, f in row["findings"].items()}
+    order = [n for n in KNOWN if n in there] + sorted(n for n in there if n not in KNOWN)
+    return {n: explain(n, there[n].get("direction") or "reference") for n in order}

@@ -41,6 +41,7 @@ _SCORES = {
     "modified-entropy": "the negative modified entropy, which also looks at the true class",
     "correctness": "whether the prediction is right",
 }
+_SIDE = " The raw AUC tells the side: above the reference they still look trained on, below it they stand out as erased."
 _REFERENCE = "Toward the reference: what retrained models reach. Beyond it is over-forgetting."
 _KEPT = "The reference or above."
 _AMONG = "Down to the reference, which is the distance of retrained models to each other."
@@ -59,8 +60,8 @@ def _known() -> dict[str, Explanation]:
     for split, what in _SPLITS.items():
         for kind, words in (("js", "Jensen–Shannon divergence, at most 0.69"), ("kl", "Kullback–Leibler divergence, without an upper end")):  # fmt: skip
             found[f"divergence/{kind}-{split}"] = Explanation(
-                f"{kind.upper()} divergence ({_SPLIT_LABELS[split]})",
-                f"Distance between the predicted distributions and those of retrained models on {what}, in nats ({words}).",
+                f"{kind.upper()} divergence, {split.replace('-', ' ')}",
+                f"Distance of predictions on {what} to those of retrained models, in nats ({words}).",
                 _AMONG,
             )
     found["prediction-matrix/test"] = Explanation(
@@ -71,8 +72,8 @@ def _known() -> dict[str, Explanation]:
     for score, what in _SCORES.items():
         found[f"membership/auc-{score}"] = Explanation(
             "membership AUC" if score == "loss" else f"membership AUC, {score}",
-            f"How well {what} tells forgotten from unseen samples: two-sided AUC, ½ (not at all) to 1 (perfectly). "
-            "The raw AUC tells the side: above the reference they still look trained on, below it they stand out as erased.",
+            f"How well {what} tells forgotten from unseen samples: two-sided AUC, ½ (not at all) to 1 (perfectly)."
+            + (_SIDE if score == "loss" else ""),
             "Toward the reference, not toward ½: retrained models may be told apart as well.",
         )
     for attacker, what in (("svc", "A support vector machine on the confidence"), ("logistic", "Logistic regression on the entropy")):  # fmt: skip

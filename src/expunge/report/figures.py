@@ -71,7 +71,7 @@ def quality_cost(comparison: Comparison) -> Figure | None:
         "Distance to retraining against cost",
         "; ".join(f"{r['method']}: {times(x)} the time, gap {y:.3f}" for r, x, y in points),
         (min(ratios) / 2, max(1.0, *ratios) * 2), (0.0, max(0.05, max(p[2] for p in points) * 1.2)),
-        "time / time of retraining", "mean accuracy gap", width=460, height=300, log_x=True,
+        "time / time of retraining", "mean accuracy gap", width=420, height=290, log_x=True,
     )  # fmt: skip
     order = list(dict.fromkeys(r["method"] for r, _, _ in points))
     taken: list[Box] = [(plot.px(x) - 6, plot.py(y) - 6, plot.px(x) + 6, plot.py(y) + 6) for _, x, y in points]  # fmt: skip
@@ -138,7 +138,7 @@ def _class_shares(row: Row | None) -> dict[str, float]:
 
 def membership(comparison: Comparison) -> Figure | None:
     """Score histograms of forget, retain and unseen samples with the attack's threshold."""
-    panels, used = [], []
+    panels = []
     groups = ("retain", "nonmember", "forget")
     for row in first_rows(comparison):
         score = next((s for s in SCORES if _histogram(row, s)), None)
@@ -161,13 +161,12 @@ def membership(comparison: Comparison) -> Figure | None:
             plot.steps(h["edges"], h[group], group)
         if cut is not None:
             plot.vertical(cut)
-        used.append(score)
-        side = f", retrained {reference:.2f}" if reference is not None else ""
-        panels.append((f"{row['method']}: AUC {finding['value']:.2f}{side}", plot.svg()))
+        side = f", ref. {reference:.2f}" if reference is not None else ""
+        panels.append((f"{row['method']}: {finding['value']:.2f}{side}", plot.svg()))
     if not panels:
         return None
     legend = [("forget", "to forget"), ("retain", "kept (members)"), ("nonmember", "never seen"), ("cutline", "attack threshold")]  # fmt: skip
-    note = "Right looks more like training data. Forgotten samples should lie where they lie in a retrained model; usually that is with the samples never seen, neither to the right of them nor to the left."
+    note = "Right looks more like training data. Forgotten samples should lie where they lie in a retrained model; usually that is with the samples never seen, neither to the right of them nor to the left. The numbers are two-sided AUCs: the method's and, as reference, the retrained models'."
     return Figure("Membership scores", note, panels, legend)
 
 
@@ -217,7 +216,7 @@ def cka(comparison: Comparison) -> Figure | None:
         return None
     legend = [("forgetline", "this method")] + [("dashline", "retrained models")] * compared
     note = "Similarity of hidden layers to the original on forgotten samples. A line far above the dashed one still represents them as before."
-    foot = "" if names == ["…"] else "Layers: " + ", ".join(f"{i} {n}" for i, n in enumerate(names, 1))  # fmt: skip
+    foot = "" if names == ["…"] else f"Layers in this order: {', '.join(names)}."  # fmt: skip
     return Figure("Layers (CKA)", note, panels, legend, foot)
 
 
@@ -258,7 +257,7 @@ def matrices(comparison: Comparison) -> Figure | None:
         plot = Plot(
             f"Predictions: {row['method']}",
             "; ".join(f"class {i} most often called {max(range(size), key=shares.__getitem__)}" for i, shares in enumerate(matrix)),
-            (-0.5, size - 0.5), (-0.5, size - 0.5), "predicted", "true", width=250, height=240,
+            (-0.5, size - 0.5), (-0.5, size - 0.5), "predicted", "true", width=250, height=240, grid=False,
             x_ticks=[(i, str(i)) for i in range(size)],
             y_ticks=[(size - 1 - i, str(i)) for i in range(size) if size <= 12 or i % 5 == 0],
         )  # fmt: skip

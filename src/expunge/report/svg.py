@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 42
+RIGHT, TOP, BOTTOM = 14, 12, 42
 FONT = 12
 _WIDE = 0.62  # width of a digit or letter, in font sizes; a little more than most fonts have
 
@@ -59,7 +59,8 @@ def short(value: float) -> str:
 class Plot:
     """One panel with axes; marks are added in data coordinates.
 
-    `x` and `y` are ranges; `log_x` puts x on a logarithmic scale. Texts are escaped here.
+    `x` and `y` are ranges; `log_x` puts x on a logarithmic scale. The left margin is as wide as the
+    longest tick of y. Texts are escaped here.
     """
 
     title: str
@@ -71,14 +72,19 @@ class Plot:
     width: int = WIDTH
     height: int = HEIGHT
     log_x: bool = False
+    grid: bool = True
     x_ticks: Sequence[tuple[float, str]] | None = None
     y_ticks: Sequence[tuple[float, str]] | None = None
     marks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Make the scales."""
+        if self.y_ticks is None:
+            self.y_ticks = [(t, short(t)) for t in ticks(*self.y, about=4)]
+        widest = max((text_width(words) for _, words in self.y_ticks), default=0.0)
+        self.left = (20 if self.y_label else 2) + widest + 6
         low, high = (math.log10(v) for v in self.x) if self.log_x else self.x
-        inner = linear(low, high, LEFT, self.width - RIGHT)
+        inner = linear(low, high, self.left, self.width - RIGHT)
         self.px: Scale = (lambda v: inner(math.log10(max(v, 1e-12)))) if self.log_x else inner
         self.py: Scale = linear(*self.y, self.height - BOTTOM, TOP)
 
@@ -151,7 +157,7 @@ class Plot:
                 cx, cy = px + (radius + wide / 3) * math.cos(angle), py + radius * math.sin(angle)
                 box = (cx - wide / 2 - 1, cy - 7, cx + wide / 2 + 1, cy + 7)
                 inside = (
-                    box[0] >= LEFT + 2 and box[2] <= self.width - 2
+                    box[0] >= self.left + 2 and box[2] <= self.width - 2
                     and box[1] >= 2 and box[3] <= self.height - BOTTOM - 2
                 )  # fmt: skip
                 if not inside or any(_meet(box, other) for other in taken):
@@ -174,16 +180,16 @@ class Plot:
             f"<title>{escape(self.title)}</title><desc>{escape(self.description)}</desc>",
         ]
         bottom, right = self.height - BOTTOM, self.width - RIGHT
-        wanted = self.y_ticks or [(t, short(t)) for t in ticks(*self.y, about=4)]
-        for value, words in wanted:
+        for value, words in self.y_ticks or ():
             at = self.py(value)
+            if self.grid:
+                parts.append(
+                    f'<line x1="{self.left:.1f}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>'
+                )
             parts.append(
-                f'<line x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>'
+                f'<text x="{self.left - 5:.1f}" y="{at + 3.5:.1f}" text-anchor="end">{escape(words)}</text>'
             )
-            parts.append(
-                f'<text x="{LEFT - 5}" y="{at + 3.5:.1f}" text-anchor="end">{escape(words)}</text>'
-            )
-        free = LEFT - 30.0
+        free = 0.0
         for value, words in self._x_ticks():
             half = text_width(words) / 2
             at = min(self.px(value), self.width - half - 1)
@@ -193,9 +199,11 @@ class Plot:
             parts.append(
                 f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(words)}</text>'
             )
-        parts.append(f'<line x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}" class="axis"/>')
+        parts.append(
+            f'<line x1="{self.left:.1f}" x2="{right}" y1="{bottom}" y2="{bottom}" class="axis"/>'
+        )
         if self.x_label:
-            middle = (LEFT + right) / 2
+            middle = (self.left + right) / 2
             parts.append(
                 f'<text x="{middle:.1f}" y="{self.height - 5}" text-anchor="middle" class="label">{escape(self.x_label)}</text>'
             )

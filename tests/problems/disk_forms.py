@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+torch.set_num_threads(1)
 datasets.disable_progress_bars()
 MEAN, STD = 0.25, 0.5
 VIT = {

@@ -197,7 +197,7 @@ class Plot:
                 continue  # no room beside the tick before
             free = at + half + 4
             parts.append(
-                f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(words)}</text>'
+                f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle">{escape(words)}</text>'
             )
         parts.append(
             f'<line x1="{self.left:.1f}" x2="{right}" y1="{bottom}" y2="{bottom}" class="axis"/>'

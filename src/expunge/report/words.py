@@ -115,7 +115,7 @@ def _before(comparison: Mapping[str, Any]) -> str:
         finding = findings.get(f"accuracy/forget-{split}") or {}
         value, reference = finite(finding.get("value")), finite(finding.get("reference"))
         if value is not None and reference is not None:
-            return f"The original is right on {value:.1%} of {what}, models retrained without them on {reference:.1%}: that is the aim, no less and no more."
+            return f"The original is right on {value:.1%} of {what}, retrained models on {reference:.1%}: that is the aim, no less and no more."
         if value is not None:
             return f"The original is right on {value:.1%} of {what}."
     return ""

@@ -8,7 +8,7 @@ from disk_forms import WORDS, digits, named, one_line, write_folder, write_npz
 
 from expunge.core.errors import DataError
 from expunge.problems.data_on_disk import load_data
-from expunge.problems.images import KEEP_BYTES, LazyImages
+from expunge.problems.images import KEEP_BYTES, LazyImages, Reader
 from expunge.problems.preprocessing import Preprocessing
 
 
@@ -53,3 +53,12 @@ def test_class_names_follow_the_model(vit, tmp_path):
     words = np.array([WORDS[i] for i in labels])
     data, classes = load_data(write_npz(tmp_path / "w.npz", X=images, y=words), model_folder=model)
     assert data.labels.tolist() == [9 - i for i in labels]
+
+
+@pytest.mark.parametrize("names", [["1", "2", "3"], ["0", "2", "3"]])
+def test_folders_named_by_other_numbers_than_the_classes_are_refused(names):
+    from pathlib import Path
+
+    with pytest.raises(DataError, match="not the class numbers"):
+        Reader(None, None).number(names, Path("photos"))
+    assert Reader(None, None).number(["0", "1", "2"], Path("photos"))[0] == {"0": 0, "1": 1, "2": 2}

@@ -78,17 +78,43 @@ def quality_cost(comparison: Comparison) -> Figure | None:
     for row, x, y in points:
         state = "ref" if row["method"] == "retrain" else method_verdict([row]).state
         plot.dot(x, y, f"state-{state}", f"{row['method']}: {times(x)}, gap {y:.3f}")
+    numbers = {method: str(n) for n, method in enumerate(order, 1)}
+    for names, x, y in _clusters(plot, points):
+        shown = [numbers[m] for m in names]
+        words = ", ".join(shown) if len(shown) <= 3 else f"{shown[0]} and {len(shown) - 1} more"
+        plot.label(x, y, words, taken)
     legend = []
-    for n, method in enumerate(order, 1):
-        own = [p for p in points if p[0]["method"] == method]
-        plot.label(own[0][1], own[0][2], str(n), taken)
-        state = method_verdict([r for r, _, _ in own]).state
+    for method, n in numbers.items():
+        state = method_verdict([r for r, _, _ in points if r["method"] == method]).state
         if method == "retrain":
             legend.append(("state-ref", f"{n} {method}: the reference"))
         else:
             legend.append((f"state-{state}", f"{n} {method}: {MARKS[state]} {WORDS[state]}"))
-    note = "Left is cheaper; down is closer to a model retrained without the data, counting too much forgetting as distance. A dot is one run."
+    note = "Left is cheaper; down is closer to a model retrained without the data, counting too much forgetting as distance. A dot is one run; numbers beside one dot share it."
     return Figure("Quality and cost", note, [("", plot.svg())], legend)
+
+
+def _clusters(
+    plot: Plot, points: Sequence[tuple[Row, float, float]]
+) -> list[tuple[list[str], float, float]]:
+    """Methods whose first dots cover one another, with the place of the first."""
+    found: list[tuple[list[str], float, float]] = []
+    seen: set[str] = set()
+    for row, x, y in points:
+        if row["method"] in seen:
+            continue
+        seen.add(row["method"])
+        near = (
+            names
+            for names, a, b in found
+            if abs(plot.px(a) - plot.px(x)) < 7 and abs(plot.py(b) - plot.py(y)) < 7
+        )
+        names = next(near, None)
+        if names is None:
+            found.append(([row["method"]], x, y))
+        else:
+            names.append(row["method"])
+    return found
 
 
 def per_class(comparison: Comparison) -> Figure | None:

@@ -130,9 +130,10 @@ def row_verdict(row: Mapping[str, Any]) -> Judgement:
     for state in ("short", "overshoot", "worse"):
         if name := faults[state]:
             return Judgement(judged[name].state, f"{name}: {judged[name].sentence}")
-    reasons = {j.sentence for j in judged.values()}
-    if all(j.state == "unjudged" for j in judged.values()) and len(reasons) == 1:
-        return Judgement("unjudged", reasons.pop())
+    if judged and all(j.state == "unjudged" for j in judged.values()):
+        # what was measured says best why there is no verdict
+        measured = [n for n in judged if finite(row["findings"][n].get("value")) is not None]
+        return judged[next(iter(measured or judged))]
     for side in ("forget", "retain"):
         own = [j for n, j in judged.items() if (side == "retain") == kept(n)]
         if all(j.state == "unjudged" for j in own):

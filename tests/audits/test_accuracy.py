@@ -21,9 +21,9 @@ def predicting(classes):
 @pytest.fixture
 def subjects(tables):
     perfect = predicting(Y + Y_TEST)
-    released = predicting([0, 0, 1, 1, 2, 0, 0, 0] + [0, 1, 0, 2])
-    first = predicting([0, 0, 1, 1, 0, 0, 0, 0] + [0, 1, 0, 0])
-    second = predicting([0, 0, 1, 0, 2, 2, 0, 0] + [0, 0, 0, 0])
+    released = predicting([0, 0, 1, 1, 2, 0, 0, 0, 0, 1, 0, 2])
+    first = predicting([0, 0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0])
+    second = predicting([0, 0, 1, 0, 2, 2, 0, 0, 0, 0, 0, 0])
     return tables(Y, Y_TEST, Request(label=2), perfect, released, first, second)
 
 

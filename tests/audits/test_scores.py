@@ -45,10 +45,9 @@ def test_scores_stay_finite_and_ordered_on_saturated_logits(name):
         assert scores.argsort(descending=True).tolist() == [0, 2, 1]
 
 
-def test_modified_entropy_keeps_precision_near_one():
-    # 1 − p_y = 1e-12 would be lost if 1 − p were computed from p in single precision
-    logits = torch.tensor([[0.0, -27.631021115928547]])  # log(1e-12)
-    score = float(_scores.modified_entropy(logits, torch.tensor([0])))
-    assert score == pytest.approx(-2e-24, rel=0.01) or score == pytest.approx(0.0, abs=1e-20)
+def test_modified_entropy_where_one_minus_p_vanishes():
+    # p = (1 − 1e-30, 1e-30): 1 − p computed from p is 0 and its logarithm −∞
+    logits = torch.tensor([[0.0, 30 * math.log(0.1)]]).double()
     wrong = float(_scores.modified_entropy(logits, torch.tensor([1])))
-    assert wrong == pytest.approx(2 * math.log(1e-12), rel=1e-6)
+    assert wrong == pytest.approx(60 * math.log(0.1), rel=1e-9)
+    assert float(_scores.modified_entropy(logits, torch.tensor([0]))) == pytest.approx(0, abs=1e-15)

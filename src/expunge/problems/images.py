@@ -117,7 +117,9 @@ class Reader:
                 f"{where}: classes are named by numbers that sort differently as words (10 before "
                 "2); give their names in label2id of the model's config.json"
             )
-        if all(n.isdigit() for n in names) and [int(n) for n in ordered] != list(range(len(ordered))):
+        if all(n.isdigit() for n in names) and [int(n) for n in ordered] != list(
+            range(len(ordered))
+        ):
             # "forget label 3" would mean the fourth folder: too easy to get wrong
             raise DataError(
                 f"{where}: classes are named by numbers that are not the class numbers "

@@ -123,7 +123,9 @@ def _record(row: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str, 
         "run": row.get("run") or "",
         "findings": findings,
         "notes": row.get("notes") or [],
-        "settings": json.dumps(plain({k: row.get(k) for k in keys}), indent=1, ensure_ascii=False),
+        "settings": "\n".join(
+            f"{k}: {json.dumps(plain(row.get(k)), ensure_ascii=False)}" for k in keys
+        ),
     }
 
 

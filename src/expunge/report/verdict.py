@@ -244,10 +244,10 @@ def _price(value: float, reference: float | None) -> Judgement:
 
 def _distance(name: str, finding: Mapping[str, Any], value: float, reference: float) -> Judgement:
     gap = value - reference if finding["direction"] == "down" else reference - value
-    numbers = f"{value:.3g}, among them {reference:.3g}"
+    numbers = f"{value:.3g}; among those {reference:.3g}"
     if gap <= tolerance(name, finding) + _SLACK:
-        return Judgement("matches", f"as near to retrained models as they are to another ({numbers})")  # fmt: skip
-    return Judgement("worse", f"further from retrained models than they are from another ({numbers})")  # fmt: skip
+        return Judgement("matches", f"as near to retrained models as those are to each other ({numbers})")  # fmt: skip
+    return Judgement("worse", f"further from retrained models than those are from each other ({numbers})")  # fmt: skip
 
 
 def _toward(name: str, finding: Mapping[str, Any], value: float, reference: float) -> Judgement:

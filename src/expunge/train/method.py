@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -29,6 +30,9 @@ class Training(Method):
     step: StepName = setting("sgd", "optimiser: sgd, adam or adamw")
     momentum: float = setting(0.9, "momentum of sgd", low=0, high=1)
     weight_decay: float = setting(0.0, "L2 coefficient", low=0)
+    schedule: Literal["constant", "cosine"] = setting(
+        "constant", "learning rate over the epochs: constant, or falling as half a cosine"
+    )
     train: str = setting("full", "weights that move: full, last(K), role(NAME), saliency(Q)")
     norm: NormMode = setting("train", "running statistics: train, frozen or recalibrate")
 
@@ -58,6 +62,9 @@ class Training(Method):
             The outcome and the fit it came from.
         """
         mask = resolve_mask(self.train, model, view, runtime)
+        if self.schedule == "cosine":
+            own = options.get("schedule", lambda epoch: 1.0)
+            options["schedule"] = lambda epoch: own(epoch) * cosine(epoch, self.epochs)
         result = fit(
             model,
             passes,
@@ -85,3 +92,8 @@ class Training(Method):
     def reads_forget_labels(self) -> bool:
         """Whether the `train` choice alone reads forget data with labels (saliency does)."""
         return self.train.startswith("saliency")
+
+
+def cosine(epoch: int, epochs: int) -> float:
+    """Half a cosine from 1 at epoch 0 towards 0 after the last of `epochs`."""
+    return (1 + math.cos(math.pi * epoch / epochs)) / 2

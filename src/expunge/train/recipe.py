@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from expunge.core.hashing import content_key
 from expunge.core.runtime import Runtime
 from expunge.core.view import Source
 from expunge.train.fit import Pass, fit
+from expunge.train.method import cosine
 from expunge.train.steps import StepName
 
 
@@ -95,7 +95,7 @@ class ClassifierRecipe:
                 step=self.step,
                 momentum=self.momentum,
                 weight_decay=self.weight_decay,
-                schedule=lambda e: (1 + math.cos(math.pi * e / self.epochs)) / 2,
+                schedule=lambda epoch: cosine(epoch, self.epochs),
                 stage="train",
             )
         if result.stopped:  # half a training is no reference

@@ -46,10 +46,10 @@ def auc_loss(subjects, by_name, audit=FAST):
 
 def test_exchangeable_samples_are_at_chance(world, by_name):
     covered = 0
-    for seed in range(60):
+    for seed in range(40):
         f = auc_loss(world((5, 5, 0), (0, 3, 0), seed=seed), by_name, replace(FAST, attackers=()))
         covered += f.low == 0.5
-    assert covered >= 0.88 * 60
+    assert covered >= 0.88 * 40
 
 
 def test_planted_members_are_found(world, by_name):
@@ -165,7 +165,7 @@ def test_reasons(world, tables, margins, by_name):
 
     assert "only 3 samples to forget" in reason(world((1, 1, 1), forget=3), "auc-loss")
     assert "only 3 samples to forget" in reason(world((1, 1, 1), forget=3), "attack-accuracy")
-    assert "only 6 test samples" in reason(world((1, 1, 1), test=6, seed=1), "auc-loss")
+    assert "test samples match" in reason(world((1, 1, 1), test=6, seed=1), "auc-loss")
     assert "a side" in reason(world((1, 1, 1), test=12), "efficacy-svc")
     assert reason(tables([0, 1] * 20, None, Request(label=1), torch.eye(2).repeat(20, 1)), "efficacy-svc") == "there is no test data"  # fmt: skip
     lacking = tables([0, 1] * 20, [0] * 30, Request(ids=tuple(range(20))), torch.ones(70, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any
@@ -192,7 +193,7 @@ def _matrix(accuracies, rng):
 
 def _histogram(auc, rng):
     edges = [-8 + 8 * i / 24 for i in range(25)]
-    middle = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    middle = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
 
     def bump(centre, width):
         raw = [math.exp(-(((m - centre) / width) ** 2)) * rng.uniform(0.8, 1.2) for m in middle]

@@ -41,13 +41,20 @@ CLIPPED = """
 
 
 def crowded():
-    """Forty methods at nearly the same place, and a very long name."""
+    """Forty more methods close to each other, a hundred classes, names without a place to break."""
     data = make_data(1)
     one = data["comparisons"][0]
     base = next(r for r in one["rows"] if r["method"] == "ssd")
-    one["rows"] += [{**base, "method": f"variant-{i}"} for i in range(40)]
+    one["rows"] += [
+        {**base, "method": f"variant-{i}", "cost_ratio": 0.07 * 1.1 ** (i % 20)} for i in range(40)
+    ]
     one["rows"].append({**base, "method": "m" * 60})
     one["title"] = "a-very-long-title-without-any-space-" * 4
+    for row in one["rows"]:
+        found = row["findings"]["accuracy/retain-test"]
+        row["findings"]["accuracy/retain-test"] = found | {
+            "detail": {"per_class": {str(c): [9, 10] for c in range(100)}}
+        }
     return data
 
 

@@ -143,9 +143,9 @@ def gram(features: Tensor) -> Tensor:
 
 
 def linear_cka(a: Tensor, b: Tensor) -> float:
-    """CKA of two centred Gram matrices; 0 where one of them is constant."""
+    """CKA of two centred Gram matrices; 0 where one of them is constant, NaN where one holds NaN."""
     scale = float(a.norm() * b.norm())
-    return float((a * b).sum()) / scale if scale > 0 else 0.0
+    return float((a * b).sum()) / scale if scale != 0 else 0.0
 
 
 def layerwise(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:

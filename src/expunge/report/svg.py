@@ -151,10 +151,8 @@ class Plot:
             taken: boxes that are occupied, in pixels; the label's own is added.
         """
         px, py, wide = self.px(x), self.py(y), text_width(words)
-        for radius in (10, 16, 24, 34, 46, 60, 76, 94):
-            for turn in range(16):
-                angle = 2 * math.pi * (turn / 16 - 0.1)
-                cx, cy = px + (radius + wide / 3) * math.cos(angle), py + radius * math.sin(angle)
+        for strict in (True, False):
+            for cx, cy, far in _around(px, py, wide):
                 box = (cx - wide / 2 - 1, cy - 7, cx + wide / 2 + 1, cy + 7)
                 inside = (
                     box[0] >= self.left + 2 and box[2] <= self.width - 2
@@ -162,9 +160,12 @@ class Plot:
                 )  # fmt: skip
                 if not inside or any(_meet(box, other) for other in taken):
                     continue
-                if radius > 16:
+                end = (min(max(px, box[0]), box[2]), box[3] if cy < py else box[1])
+                if far and strict and any(_crosses((px, py), end, other) for other in taken):
+                    continue
+                if far:
                     self.marks.append(
-                        f'<line x1="{px:.1f}" y1="{py:.1f}" x2="{cx:.1f}" y2="{cy:.1f}" class="leader"/>'
+                        f'<line x1="{px:.1f}" y1="{py:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}" class="leader"/>'
                     )
                 self.marks.append(
                     f'<text x="{cx:.1f}" y="{cy + 4:.1f}" text-anchor="middle" class="number">{escape(words)}</text>'
@@ -228,3 +229,26 @@ class Plot:
 
 def _meet(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _around(px: float, py: float, wide: float) -> list[tuple[float, float, bool]]:
+    """Places for a label, nearest first and upward first, and whether they need a leader line."""
+    found = []
+    for radius in (10, 16, 24, 34, 46, 60, 76, 94, 114, 136):
+        for turn in (1, -1, 2, -2, 3, -3, 0, 4, -4, 5, -5, 6, -6, 7, -7, 8):
+            angle = math.pi * (turn / 8 - 0.5)
+            cx = px + (radius + (wide / 3 if radius <= 16 else 0)) * math.cos(angle)
+            found.append((cx, py + radius * math.sin(angle), radius > 16))
+    return found
+
+
+def _crosses(start: tuple[float, float], end: tuple[float, float], box: Box) -> bool:
+    """Whether a leader line, beyond its own dot, runs through a box."""
+    length = math.dist(start, end)
+    steps = max(2, int(length / 3))
+    for k in range(1, steps):
+        t = k / steps
+        at = (start[0] + t * (end[0] - start[0]), start[1] + t * (end[1] - start[1]))
+        if t * length > 9 and box[0] < at[0] < box[2] and box[1] < at[1] < box[3]:
+            return True
+    return False

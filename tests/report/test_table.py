@@ -88,7 +88,7 @@ def printed(comparison, width=120):
 
 def test_terminal_table_has_the_columns_and_a_word_each():
     text = printed(make_data(1)["comparisons"][0])
-    for head in ("method", "forget, test", "rest, test", "forget, train", "membership AUC", "retraining", "verdict"):  # fmt: skip
+    for head in ("method", "forget, test", "rest, test", "forget, train", "membership AUC", "ratio", "verdict"):  # fmt: skip
         assert head in text
     line = next(part for part in text.splitlines() if part.startswith("finetune"))
     assert line.split()[:9] == ["finetune", "0.600", "(0.010)", "0.960", "(0.960)", "0.720", "(0.010)", "0.610", "(0.500)"]  # fmt: skip

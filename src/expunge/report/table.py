@@ -246,7 +246,7 @@ def terminal_table(comparison: Mapping[str, Any]) -> Table:
     table.add_column("method")
     for name in TERMINAL:
         table.add_column(explain(name).label + "\n(retrained)", justify="right")
-    table.add_column("time /\nretraining", justify="right")
+    table.add_column("cost\nratio", justify="right")
     table.add_column("verdict")
     colours = {
         "matches": "green",

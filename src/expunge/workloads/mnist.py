@@ -65,8 +65,8 @@ mnist_class = Workload(
         "finetune": {"epochs": 4, "lr": 0.05},
         "gradient-ascent": {"epochs": 5, "lr": 3e-4},
         "neggrad-plus": {"epochs": 4, "lr": 0.02},
-        "random-label": {"epochs": 5, "lr": 0.15, "order": "sequential", "schedule": "cosine"},
-        "salun": {"epochs": 5, "lr": 0.15, "order": "sequential", "schedule": "cosine"},
+        "random-label": {"epochs": 8, "lr": 0.1, "order": "sequential", "schedule": "cosine"},
+        "salun": {"epochs": 8, "lr": 0.1, "order": "sequential", "schedule": "cosine"},
         "scrub": {
             "epochs": 3,
             "max_epochs": 1,

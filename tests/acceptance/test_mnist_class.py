@@ -20,7 +20,7 @@ from expunge.suite.compare import compare, join
 
 pytestmark = pytest.mark.acceptance
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-DIGITS = (3, 5, 8)  # tuned on 7 and 1
+DIGITS = (3, 5, 0)  # tuned on 7 and 1
 COMMAND = "make acceptance"
 
 
@@ -81,7 +81,7 @@ def write_results(data) -> None:
 
 @pytest.mark.parametrize("digit", DIGITS)
 def test_original_knows_the_digit_and_retrained_does_not(rows, digit):
-    assert value(rows[digit, "original"], "forget-test") >= 0.95 or digit != 3
+    assert value(rows[digit, "original"], "forget-test") >= 0.95
     assert value(rows[digit, "retrain"], "forget-test") == 0
 
 

@@ -232,6 +232,41 @@ def test_scrub_first_max_pass_does_nothing_without_batch_norm(digits):
     assert moved < 1e-5
 
 
+def test_scrub_max_pass_leaves_the_teacher_on_the_forget_data(digits):
+    """With the sign of the max pass turned round the divergence would shrink instead."""
+    from expunge.train.losses import kl_each
+
+    shared = {"epochs": 3, "lr": 0.02, "alpha": 0.5, "gamma": 1.0, "temperature": 2.0}
+    batch = digits.train.fetch(THREES.resolve(digits.train))
+    apart = {}
+    for max_epochs in (0, 2):
+        model = run(digits, SCRUB(max_epochs=max_epochs, **shared)).model
+        with torch.no_grad():
+            teacher, student = digits.logits(digits.model, batch), digits.logits(model, batch)
+        apart[max_epochs] = float(kl_each(teacher, student).mean())
+    assert apart[2] > 3 * apart[0]
+
+
+def test_scrub_cannot_rewind_past_a_recalibration_or_without_the_class(digits):
+    from expunge.core.errors import DataError, SettingError
+
+    with pytest.raises(SettingError, match="recalibration"):
+        SCRUB(rewind=True, norm="recalibrate")
+    other = copy.copy(digits)
+    keep = digits.valid.ids[digits.valid.labels != 3]
+    part = digits.valid.fetch(keep)
+    other.valid = type(digits.valid)((part.x, part.y), ids=keep)
+    with pytest.raises(DataError, match="validation samples"):
+        run(other, SCRUB(rewind=True, epochs=1))
+
+
+def test_frozen_layers_keep_their_running_statistics(resnet_problem):
+    outcome = run(resnet_problem, FineTune(epochs=1, train="last(1)"))
+    original = resnet_problem.model.state_dict()
+    moved = {n for n, v in outcome.model.state_dict().items() if not torch.equal(v, original[n])}
+    assert moved == {"head.weight", "head.bias"}
+
+
 def test_scrub_learning_rate_falls_after_the_decay_epochs(digits):
     outcome = run(digits, SCRUB(epochs=5, max_epochs=0, decay_epochs=(1, 3), lr=0.1))
     rates = {point["epoch"]: point["lr"] for point in outcome.curve}

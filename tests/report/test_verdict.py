@@ -267,3 +267,23 @@ def test_summary_of_nothing():
 
 def test_every_state_has_a_word_and_a_shape_of_its_own():
     assert len(set(WORDS.values())) == len(set(MARKS.values())) == len(WORDS) == 6
+
+
+def test_doing_nothing_is_never_said_to_behave_like_retraining():
+    """Too few samples to tell the original from a retrained model are no evidence."""
+    wide = {"value": 1.0, "reference": 0.8, "original": 1.0, "low": 0.4, "high": 1.0, "gap": 0.2}
+    same = {
+        "value": 0.97,
+        "reference": 0.97,
+        "original": 0.97,
+        "low": 0.96,
+        "high": 0.98,
+        "gap": 0.0,
+    }
+    findings = {
+        "accuracy/forget-train": {**wide, "direction": "reference", "floor": 0.1, "detail": {}},
+        "accuracy/retain-test": {**same, "direction": "reference", "floor": 0.0, "detail": {}},
+    }
+    judged = row_verdict({"method": "idle", "findings": findings, "guarantee": "empirical"})
+    assert judged.state == "unjudged"
+    assert "cannot tell" in judged.sentence

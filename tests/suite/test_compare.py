@@ -180,3 +180,77 @@ def test_a_suite_is_checked_before_it_runs(change, says):
     suite_from(good)
     with pytest.raises(UserError, match=says):
         suite_from({**good, **change})
+
+
+def small(recipe=None, each=None, activation=nn.ReLU):
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 5), torch.arange(60) % 3
+    model = nn.Sequential(nn.Linear(5, 4), activation(), nn.Linear(4, 3))
+    if each is None:
+        return xp.Classification(model, (x, y), (x[:30] + 0.1, y[:30]), recipe=recipe)
+    return xp.Problem.of(model, (x, y), each_loss=each)
+
+
+def test_references_of_another_recipe_are_not_reused(store):
+    def factory(shift):
+        def recipe(keep, seed):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+            nn.init.constant_(model[2].bias, shift)
+            return model
+
+        return recipe
+
+    found = []
+    for shift in (1.0, 2.0, 1.0):
+        bench = Bench(store, xp.Runtime(threads=1))
+        (made,) = bench.references(small(factory(shift)), xp.forget(label=1), 1)
+        found.append((made.reused, float(made.model[2].bias.detach().mean())))
+    assert found == [(False, 1.0), (False, 2.0), (True, 1.0)]
+
+
+def test_results_of_another_loss_or_architecture_are_not_reused(store):
+    bench = Bench(store, xp.Runtime(threads=1))
+
+    def loss(factor):
+        def each(model, batch):
+            return factor * nn.functional.cross_entropy(model(batch.x), batch.y, reduction="none")
+
+        return each
+
+    tune, request = xp.methods.FineTune(epochs=1, lr=0.1), xp.forget(ids=[1, 2])
+    runs = [
+        bench.unlearn(problem, request, tune, 0)[1]
+        for problem in (
+            small(each=loss(1.0)),
+            small(each=loss(5.0)),
+            small(),
+            small(activation=nn.Tanh),
+        )
+    ]
+    assert len(set(runs)) == 4
+    assert bench.unlearn(small(each=loss(1.0)), request, tune, 0)[1] == runs[0]
+
+
+def test_the_same_samples_by_id_and_by_label_have_findings_of_their_own(store):
+    bench = Bench(store, xp.Runtime(threads=1))
+    problem = small()
+    by_id = xp.forget(ids=problem.train.ids[problem.train.labels == 1].tolist())
+    rows = {
+        name: xp.compare(problem, request, ["finetune"], audits=["accuracy"], bench=bench).rows
+        for name, request in (("ids", by_id), ("label", xp.forget(label=1)))
+    }
+    for row in rows["ids"]:
+        assert row["findings"]["accuracy/forget-test"]["value"] is None
+    for row in rows["label"]:
+        assert row["findings"]["accuracy/forget-test"]["value"] is not None
+
+
+def test_an_audit_in_parts_is_reported_whole(comparison, store, bench):
+    run = next(r["run"] for r in comparison.rows if r["method"] == "ssd")
+    before = set(comparison_of(store, [run]).rows[0]["findings"])
+    outcome = bench.stored_outcome(
+        store.get(run), bench.workload("digits-class"), xp.forget(label=3)
+    )
+    xp.audit(outcome, ["cost"], references=2, store=store, runtime=xp.Runtime(threads=1), run=run)
+    assert set(comparison_of(store, [run]).rows[0]["findings"]) == before

@@ -174,6 +174,7 @@ def _threshold(
             "auc_low": low,
             "auc_high": high,
             "reference_auc": float(np.mean(theirs)) if theirs else None,
+            "reference_auc_spread": float(np.ptp(theirs)) if len(theirs) > 1 else None,
             "original_auc": before,
             "threshold": best_threshold(forget, out),
             "histogram": histograms(groups),

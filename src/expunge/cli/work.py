@@ -203,18 +203,20 @@ def compare(
 
 def reproduce(
     run: Annotated[str, typer.Argument(help="Run id or prefix.")],
+    recipe: RecipePath = None,
     device: Device = "cpu",
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
     """Run a record again and compare the weights bit by bit; exit 1 if they differ."""
+    from expunge.cli.common import imported
     from expunge.core.errors import ExpungeError
     from expunge.store import Store
     from expunge.suite.reproduce import reproduce as again
 
     opened = Store.open(store)
     with make_runtime(device) as runtime:
-        result = again(opened.get(run), opened, runtime)
+        result = again(opened.get(run), opened, runtime, imported(recipe) if recipe else None)
     if as_json:
         print_json(vars(result))
     else:

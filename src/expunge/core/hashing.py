@@ -7,8 +7,10 @@ keys on every machine.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,75 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():  # an empty array from NumPy has strides that `view` refuses
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def hash_function(function: Any) -> str:
+    """Hash what a function does: its code, constants, defaults and the values it closes over.
+
+    Values without a JSON or tensor form enter by their `repr`; where that names an address, equal
+    functions of two sessions differ, so that at worst something is computed again.
+    """
+    if isinstance(function, functools.partial):
+        return content_key([
+            "partial",
+            hash_function(function.func),
+            _held(function.args),
+            _held(function.keywords),
+        ])
+    bound = getattr(function, "__self__", None)
+    inner = getattr(function, "__func__", function)
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return content_key([
+            type(function).__qualname__,
+            _held(getattr(function, "__dict__", {})),
+            repr(type(function)),
+        ])
+    cells = [c.cell_contents for c in (inner.__closure__ or ()) if _filled(c)]
+    named = {n: inner.__globals__[n] for n in code.co_names if n in inner.__globals__}
+    return content_key([
+        _code(code),
+        _held(cells),
+        _held(inner.__defaults__),
+        _held(named),
+        _held(bound),
+    ])
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def _code(code: types.CodeType) -> list[Any]:
+    constants = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return [code.co_code.hex(), constants, list(code.co_names)]
+
+
+def _held(value: Any, depth: int = 0) -> Any:
+    """A value that a function holds, as JSON types; functions by their code, two levels deep."""
+    if isinstance(value, Tensor):
+        return hash_tensors({"value": value})
+    if isinstance(value, torch.nn.Module):
+        return [str(value), hash_model(value)]
+    if isinstance(value, Mapping):
+        return {str(k): _held(v, depth) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_held(v, depth) for v in value]
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    code = getattr(value, "__code__", None)
+    if code is not None:
+        return _code(code)
+    try:
+        return plain(value)
+    except TypeError:
+        return repr(value)
 
 
 def hash_model(model: torch.nn.Module) -> str:

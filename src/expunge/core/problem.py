@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from expunge.core.data import Batch, Data
 from expunge.core.errors import DataError, NeedsError, UserError
-from expunge.core.hashing import content_key, hash_model
+from expunge.core.hashing import content_key, hash_function, hash_model
 from expunge.core.request import Request
+from expunge.core.runtime import Runtime
 
 Recipe = Callable[[Tensor, int], nn.Module]
 
@@ -188,13 +189,15 @@ class Problem:
         return {
             "kind": self.kind,
             "model": self.model_hash(),
+            "architecture": content_key([str(self.model), self._roles]),
+            "functions": content_key({n: hash_function(f) for n, f in self._extra.items()}),
             "train": self.train.fingerprint(),
             "test": None if self.test is None else self.test.fingerprint(),
             "valid": None if self.valid is None else self.valid.fingerprint(),
         }
 
     def recipe_key(self) -> str:
-        """Content key of the recipe: its own `key()`, or its name and source text.
+        """Content key of the recipe: its own `key()`, or what it does and holds.
 
         Raises:
             NeedsError: there is no recipe.
@@ -204,8 +207,14 @@ class Problem:
         own = getattr(self.recipe, "key", None)
         if callable(own):
             return str(own())
-        try:
-            text = inspect.getsource(self.recipe)
-        except (OSError, TypeError):
-            text = repr(self.recipe)
-        return content_key([getattr(self.recipe, "__qualname__", type(self.recipe).__name__), text])
+        return content_key([hash_function(self.recipe), str(self.model)])
+
+
+def run_recipe(recipe: Recipe, keep: Tensor, seed: int, runtime: Runtime) -> nn.Module:
+    """Run a recipe, on the runtime's device if it takes a `runtime`; the model comes back on CPU."""
+    try:
+        takes = "runtime" in inspect.signature(recipe).parameters
+    except (TypeError, ValueError):  # built in another language: ask for no more than the contract
+        takes = False
+    made = recipe(keep, seed, runtime=runtime) if takes else recipe(keep, seed)  # type: ignore[call-arg]
+    return made.cpu()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from expunge.core.data import Batch, Data
 from expunge.core.errors import AccessError, NeedsError
 from expunge.core.needs import Needs
-from expunge.core.problem import Problem
+from expunge.core.problem import Problem, run_recipe
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 
@@ -138,7 +138,7 @@ class View:
         epochs = int(getattr(self._problem.recipe, "epochs", 0))
         self._runtime.cost.samples += epochs * len(keep)
         self._runtime.cost.gradients += epochs * len(keep)
-        return self._problem.recipe(keep, seed)
+        return run_recipe(self._problem.recipe, keep, seed, self._runtime)
 
     def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Per-sample training loss [B] of a batch that carries labels.

@@ -12,7 +12,7 @@ from expunge import __version__
 from expunge.core.errors import NeedsError
 from expunge.core.hashing import content_key, hash_model, hash_tensors
 from expunge.core.method import package_versions
-from expunge.core.problem import Problem
+from expunge.core.problem import Problem, run_recipe
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 
@@ -34,8 +34,8 @@ class Reference:
     reused: bool
 
 
-def reference_key(problem: Problem, request: Request, seed: int) -> str:
-    """Content key: recipe, forgotten ids and seed."""
+def reference_key(problem: Problem, request: Request, seed: int, device: str = "cpu") -> str:
+    """Content key: recipe, data, forgotten ids, seed and device."""
     forgotten = hash_tensors({"ids": request.resolve(problem.train)})
     return content_key([
         "reference",
@@ -44,6 +44,7 @@ def reference_key(problem: Problem, request: Request, seed: int) -> str:
         problem.train.fingerprint(),
         forgotten,
         seed,
+        device,
     ])
 
 
@@ -67,7 +68,7 @@ def reference(
     """
     if problem.recipe is None:
         raise NeedsError("references need to know how the model was trained; pass recipe=")
-    key = reference_key(problem, request, seed)
+    key = reference_key(problem, request, seed, runtime.device)
     found = store.find("reference", key)
     if found is not None:
         model = copy.deepcopy(problem.model)
@@ -75,7 +76,7 @@ def reference(
         return Reference(model.eval(), seed, found.record["cost"]["seconds"], found.id, True)
     keep = problem.train.without(request.resolve(problem.train))
     with runtime.metered() as cost:
-        model = problem.recipe(keep, seed).eval()
+        model = run_recipe(problem.recipe, keep, seed, runtime).eval()
     epochs = int(getattr(problem.recipe, "epochs", 0))
     cost.samples = cost.gradients = epochs * len(keep)
     settings = getattr(problem.recipe, "settings", dict)

@@ -98,7 +98,8 @@ def tolerance(name: str, finding: Mapping[str, Any]) -> float:
     low = finite(detail.get("auc_low") if raw and "auc_low" in detail else finding.get("low"))
     high = finite(detail.get("auc_high") if raw and "auc_high" in detail else finding.get("high"))
     half = (high - low) / 2 if low is not None and high is not None else 0.0
-    spread = finite(finding.get("floor")) or 0.0
+    spread = finite(detail.get("reference_auc_spread") if raw else finding.get("floor"))
+    spread = spread or finite(finding.get("floor")) or 0.0
     reference = finite(finding.get("reference")) or 0.0
     if finding.get("direction") == "down":
         return max(spread - reference, half, 0.25 * abs(reference))
@@ -140,9 +141,30 @@ def row_verdict(row: Mapping[str, Any]) -> Judgement:
             said = "to be forgotten" if side == "forget" else "to be kept"
             why = next((j.sentence for j in own), "it was not measured")
             return Judgement("unjudged", f"nothing to judge by on what was {said}: {why}")
+    if row.get("method") != "retrain" and not telling(row, judged):
+        return Judgement(
+            "unjudged",
+            "these audits cannot tell the original from a retrained model here: the request is too "
+            "small, or the original does not remember it",
+        )
     finer = closer(row)
     but = f"; seen more closely it still differs in {', '.join(finer)}" if finer else ""
     return Judgement("matches", claim(row) + but)
+
+
+def telling(row: Mapping[str, Any], judged: Mapping[str, Judgement]) -> bool:
+    """Whether some audit of forgotten data would have called the original not forgotten.
+
+    Without that a match says nothing: doing nothing would have matched as well.
+    """
+    for name in judged:
+        finding = row["findings"][name]
+        original, reference = finite(finding.get("original")), finite(finding.get("reference"))
+        if kept(name) or reference is None:
+            continue
+        if original is None or abs(original - reference) > tolerance(name, finding):
+            return True
+    return False
 
 
 _GRAVE: tuple[State, ...] = ("lost", "short", "overshoot", "worse")

@@ -97,7 +97,7 @@ class Bench:
         if problem.recipe is None:
             return
         for seed in range(FIRST_SEED, FIRST_SEED + count):
-            key = reference_key(problem, request, seed)
+            key = reference_key(problem, request, seed, self.runtime.device)
             made = reference(problem, request, seed, self.store, self.runtime)
             self._on_job(f"{problem.name}: reference {seed}", key, made.reused, made.run)
             yield made
@@ -175,7 +175,7 @@ class Bench:
             __version__,
             hash_model(subject.model),
             subject.problem.fingerprint(),
-            hash_tensors({"ids": subject.splits["forget-train"]}),
+            hash_tensors(subject.splits),
             [[a.name, a.in_force()] for a in chosen],
             [hash_model(s.model) for _, s in references],
             # a cost is a fact of the run, not of the weights
@@ -202,6 +202,8 @@ def unlearn_key(problem: Problem, request: Request, method: Method, runtime: Run
         __version__,
         problem.fingerprint(),
         hash_tensors({"ids": request.resolve(problem.train)}),
-        [method.name, type(method).__qualname__, method.in_force()],
+        request.key,  # the same samples by label and by id are audited differently
+        [method.name, f"{type(method).__module__}.{type(method).__qualname__}", method.in_force()],
+        problem.recipe_key() if method.needs.recipe else None,
         runtime.describe(),
     ])

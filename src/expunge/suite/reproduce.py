@@ -9,7 +9,7 @@ from typing import Any
 from expunge.core.errors import StoreError
 from expunge.core.hashing import hash_model
 from expunge.core.method import package_versions, unlearn
-from expunge.core.problem import Problem
+from expunge.core.problem import Problem, Recipe, run_recipe
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.methods import registry as methods
@@ -56,13 +56,16 @@ def problem_of(record: Mapping[str, Any], bench: Bench) -> Problem:
     return problem
 
 
-def reproduce(run: Run, store: Store, runtime: Runtime) -> Reproduction:
+def reproduce(
+    run: Run, store: Store, runtime: Runtime, recipe: Recipe | None = None
+) -> Reproduction:
     """Run a record again from its settings in force, its seed and its threads.
 
     Args:
         run: an original, a reference or an unlearning.
         store: only read, except for an original that has to be trained again.
         runtime: device and progress; seed, threads and precision are the record's.
+        recipe: how the model was trained, where the record's problem does not know it.
 
     Returns:
         Whether the weights came out the same.
@@ -79,6 +82,7 @@ def reproduce(run: Run, store: Store, runtime: Runtime) -> Reproduction:
     here = replace(runtime, seed=was["seed"], threads=was["threads"], precision=was["precision"])
     bench = Bench(store, here)
     problem = problem_of(record, bench)
+    problem.recipe = recipe or problem.recipe
     if run.kind == "unlearn":
         method = methods.get(_method_path(record)).create(record["method"]["in_force"])
         outcome = unlearn(problem, Request.from_dict(record["request"]), method, runtime=here)
@@ -91,7 +95,7 @@ def reproduce(run: Run, store: Store, runtime: Runtime) -> Reproduction:
             keep = problem.train.without(
                 Request.from_dict(record["request"]).resolve(problem.train)
             )
-        repeated = hash_model(problem.recipe(keep, was["seed"]))
+        repeated = hash_model(run_recipe(problem.recipe, keep, was["seed"], here))
     then, now = record["packages"], package_versions()
     differences = [
         f"{name} {then.get(name, 'absent')} → {now.get(name, 'absent')}"

@@ -49,13 +49,22 @@ def _comparison(store: Store, runs: Sequence[Run], audits: Sequence[Run]) -> dic
     references: dict[str, Run] = {}
     rows = []
     for run in runs:
-        audit = next((a for a in audits if a.parents and a.parents[0] == run.id), None)
+        mine = [a for a in audits if a.parents and a.parents[0] == run.id]  # newest first
+        audit = max(mine, key=lambda a: len(a.parents), default=None)
         if audit is None:
             raise StoreError(
                 f"run {run.id} was never audited; run expunge audit {run.id[:10]} first"
             )
-        references |= {r: store.get(r) for r in audit.parents[1:]}
-        rows.append(_row(run, store.findings(audit.id), list(references.values())))
+        own = {r: store.get(r) for r in audit.parents[1:]}
+        references |= own
+        # one run may have been audited in parts; what was found beside the same references belongs together
+        merged = {
+            f.name: f
+            for a in reversed(mine)
+            if a.parents[1:] == audit.parents[1:]
+            for f in store.findings(a.id)
+        }
+        rows.append(_row(run, list(merged.values()), list(own.values())))
     first = runs[0]
     request = Request.from_dict(first.record["request"])
     return {

@@ -23,10 +23,14 @@ def norm_layers(model: nn.Module) -> list[_NormBase]:
 
 
 def train_mode(model: nn.Module, norm: NormMode) -> None:
-    """Put a model in training mode; running statistics move only with `norm="train"`."""
+    """Put a model in training mode; running statistics move only with `norm="train"`.
+
+    Those of a layer whose own weights are all frozen stay too: a frozen layer is frozen whole.
+    """
     model.train()
-    if norm != "train":
-        for layer in norm_layers(model):
+    for layer in norm_layers(model):
+        own = list(layer.parameters())
+        if norm != "train" or (own and not any(p.requires_grad for p in own)):
             layer.eval()
 
 

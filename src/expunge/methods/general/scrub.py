@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Batch
+from expunge.core.errors import DataError, SettingError
 from expunge.core.needs import Card, Labels, Needs
 from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
@@ -60,6 +61,18 @@ class SCRUB(Training):
         (3, 5, 9), "the learning rate falls ×0.1 after each", source="SCRUB code"
     )
     rewind: bool = setting(False, "SCRUB+R: return the epoch closest to the validation error")
+
+    def __post_init__(self) -> None:
+        """Check the settings together.
+
+        Raises:
+            SettingError: rewinding would bring back the running statistics that were recalibrated.
+        """
+        super().__post_init__()
+        if self.rewind and self.norm == "recalibrate":
+            raise SettingError(
+                "SCRUB: rewind goes back to an epoch before the recalibration; use norm=train or frozen"
+            )
 
     @property
     def needs(self) -> Needs:
@@ -107,6 +120,8 @@ class SCRUB(Training):
         """Put back the epoch whose forget error is closest to the final validation error."""
         model = outcome.runnable()
         classes = view.forget.labels().unique()
+        if not bool(torch.isin(view.validation.labels(), classes).any()):
+            raise DataError("SCRUB: rewind needs validation samples of the classes to forget")
         wanted = error_rate(model, view.validation, view, classes)
         errors = []
         for state in snapshots:

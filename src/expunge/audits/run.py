@@ -33,7 +33,7 @@ def run_audits(
         subject: the released model.
         references: models retrained without the data; may be empty.
         audits: a suite's name or a list.
-        runtime: seeds and progress.
+        runtime: seeds, threads and progress.
 
     Returns:
         All findings. An audit whose needs are not met gives one finding without a value and the
@@ -46,7 +46,7 @@ def run_audits(
     by_name = [] if isinstance(audits, str) and audits in SUITES else audits
     named = {by_name} if isinstance(by_name, str) else {a for a in by_name if isinstance(a, str)}
     findings: list[Finding] = []
-    with runtime.task("audit", len(chosen)) as task:
+    with runtime.own_threads(), runtime.task("audit", len(chosen)) as task:
         for audit in chosen:
             try:
                 audit.needs.check(audit.name, subject.problem)

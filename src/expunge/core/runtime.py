@@ -175,20 +175,28 @@ class Runtime:
                 self.reporter.finish(name)
 
     @contextlib.contextmanager
+    def own_threads(self) -> Iterator[None]:
+        """Use this runtime's number of torch threads for the enclosed work, if it has one."""
+        before = torch.get_num_threads()
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    @contextlib.contextmanager
     def metered(self) -> Iterator[Cost]:
         """Count seconds, memory, samples and gradients of the enclosed work into a fresh `Cost`."""
         outer, self.cost = self.cost, Cost()
         inner = self.cost
-        threads = torch.get_num_threads()
-        if self.threads:
-            torch.set_num_threads(self.threads)
         held = 0
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
             held = torch.cuda.memory_allocated(self.device)
         start, memory = time.perf_counter(), _PeakMemory()
         try:
-            with memory:
+            with memory, self.own_threads():
                 yield inner
         finally:
             inner.seconds += time.perf_counter() - start
@@ -198,7 +206,6 @@ class Runtime:
             # work metered within this one starts the device's count anew
             inner.peak_bytes = max(inner.peak_bytes, grown)
             outer.peak_bytes = max(outer.peak_bytes, inner.peak_bytes)
-            torch.set_num_threads(threads)
             self.cost = outer
             outer.samples += inner.samples
             outer.gradients += inner.gradients

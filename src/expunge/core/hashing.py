@@ -87,7 +87,7 @@ def hash_function(function: Any) -> str:
     """Hash what a function does: its code, constants, defaults and the values it closes over.
 
     Values without a JSON or tensor form enter by their `repr`; where that names an address, equal
-    functions of two sessions differ, so that at worst something is computed again.
+    functions of two interpreters differ, so that at worst something is computed again.
     """
     if isinstance(function, functools.partial):
         return content_key([

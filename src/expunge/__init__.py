@@ -43,6 +43,7 @@ _PUBLIC = {
     "compare": "expunge.suite.compare",
     "forget": "expunge.core.request",
     "load": "expunge.core.outcome",
+    "prepare": "expunge.core.method",
     "setting": "expunge.core.settings",
     "unlearn": "expunge.core.method",
 }
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from expunge.core.audit import Audit, Finding, Subject
     from expunge.core.data import Batch, Data
     from expunge.core.errors import ExpungeError, UserError
-    from expunge.core.method import Method, unlearn
+    from expunge.core.method import Method, prepare, unlearn
     from expunge.core.needs import Card, Deviation, Needs
     from expunge.core.outcome import Cost, Outcome, load
     from expunge.core.problem import Problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
+import expunge as xp
 from expunge.core.errors import (
     AccessError,
     ExpungeError,
@@ -485,3 +487,23 @@ def test_ssd_deviations_name_tests_that_exist():
         path, _, name = deviation.test.partition("::")
         assert path == "tests/methods/test_ssd.py"
         assert callable(globals()[name])
+
+
+def test_ssd_prepared_through_unlearn_gives_the_same_model(mlp):
+    ready = xp.prepare(mlp, SSD())
+    with_it = xp.unlearn(mlp, REQUEST, SSD(lam=0.5), prepared=ready)
+    without = xp.unlearn(mlp, REQUEST, SSD(lam=0.5))
+    assert with_it.record["weights"] == without.record["weights"]
+    assert with_it.cost.samples < without.cost.samples
+    assert with_it.details["preparation"]["gradients"] == len(mlp.train) + 6  # 3 twice, as a check
+
+
+def test_ssd_refuses_what_was_prepared_for_another_model(mlp):
+    ready = xp.prepare(mlp, SSD())
+    other = copy.copy(mlp)
+    other._hashes, other.model = {}, copy.deepcopy(mlp.model)
+    next(other.model.parameters()).data.add_(1.0)
+    with pytest.raises(xp.UserError, match="prepare again"):
+        xp.unlearn(other, REQUEST, SSD(), prepared=ready)
+    with pytest.raises(xp.UserError, match="prepare again"):
+        xp.unlearn(mlp, REQUEST, SSD(importance="logits"), prepared=ready)

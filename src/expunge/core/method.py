@@ -6,15 +6,16 @@ import datetime as dt
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from expunge.core.errors import UnchangedError
-from expunge.core.hashing import hash_model
+from expunge.core.errors import UnchangedError, UserError
+from expunge.core.hashing import content_key, hash_model
 from expunge.core.needs import Card, Needs
-from expunge.core.outcome import Outcome, Weights
+from expunge.core.outcome import Cost, Outcome, Weights
 from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
@@ -31,6 +32,8 @@ class Method(Configured):
         domain: kind of problem it is for (`"general"`: any with the declared needs).
         card: paper, intent, guarantee, fidelity and deviations.
         may_leave_unchanged: whether returning the original weights can be right.
+        prepares: whether it has something to compute before any request is known: `never`,
+            `optional` (`run` computes it itself without), or `always`.
         needs: what it touches; a property, since it may depend on the settings.
     """
 
@@ -38,15 +41,79 @@ class Method(Configured):
     domain: ClassVar[str] = "general"
     card: ClassVar[Card]
     may_leave_unchanged: ClassVar[bool] = False
+    prepares: ClassVar[Literal["never", "optional", "always"]] = "never"
 
     @property
     def needs(self) -> Needs:
         """What this method touches, with these settings."""
         raise NotImplementedError
 
-    def run(self, view: View, runtime: Runtime) -> Outcome:
-        """Unlearn what the view's request covers and return the outcome."""
+    def preparation_settings(self) -> dict[str, Any]:
+        """The settings that what is prepared depends on; all of them unless a method says less."""
+        return self.in_force()
+
+    def prepare(self, problem: Problem, runtime: Runtime) -> Mapping[str, Tensor]:
+        """Compute what serves every later request, for methods that say `prepares`."""
         raise NotImplementedError
+
+    def run(self, view: View, runtime: Runtime) -> Outcome:
+        """Unlearn what the view's request covers and return the outcome.
+
+        A method that `prepares` takes the result as a third argument, `prepared`.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a method computed before any request was known, and for what.
+
+    Attributes:
+        tensors: whatever the method needs, by name.
+        key: content key of method, settings, problem and runtime it belongs to.
+        cost: of the preparation.
+    """
+
+    tensors: Mapping[str, Tensor]
+    key: str
+    cost: Cost = field(default_factory=Cost)
+
+
+def prepare(problem: Problem, method: Method, *, runtime: Runtime | None = None) -> Prepared:
+    """Compute once what a method can use for every later request on a problem.
+
+    Args:
+        problem: the model and its data.
+        method: a method that says `prepares`.
+        runtime: device, seed, progress.
+
+    Returns:
+        The artefact, to be passed to `unlearn`.
+
+    Raises:
+        UserError: the method has nothing to prepare.
+    """
+    runtime = runtime or Runtime()
+    if method.prepares == "never":
+        raise UserError(f"{method.name} has nothing to prepare")
+    problem.check()
+    method.needs.check(method.name, problem)
+    runtime.seed_everything("prepare", method.name)
+    with runtime.metered() as cost:
+        tensors = method.prepare(problem, runtime)
+    return Prepared(tensors, prepared_key(problem, method, runtime), cost)
+
+
+def prepared_key(problem: Problem, method: Method, runtime: Runtime) -> str:
+    """Content key of a preparation: what was prepared for one problem does not fit another."""
+    return content_key([
+        "prepared",
+        problem.fingerprint(),
+        [method.name, f"{type(method).__module__}.{type(method).__qualname__}"],
+        method.preparation_settings(),
+        problem.recipe_key() if problem.recipe is not None else None,
+        runtime.seed,
+    ])
 
 
 PACKAGES = (
@@ -67,6 +134,7 @@ def unlearn(
     *,
     runtime: Runtime | None = None,
     passed: Mapping[str, Any] | None = None,
+    prepared: Prepared | None = None,
 ) -> Outcome:
     """Make a problem's model forget what a request covers.
 
@@ -79,6 +147,8 @@ def unlearn(
         method: how; its settings are in the record as passed and as in force.
         runtime: device, seed, progress; the default is silent, on CPU, with seed 0.
         passed: settings the caller wrote, for the record.
+        prepared: what `prepare` returned; where a method must have it, it is computed if None, and
+            its cost stands apart in `details["preparation"]`.
 
     Returns:
         The outcome; its `record` can be saved and run again.
@@ -92,9 +162,19 @@ def unlearn(
     needs = method.needs
     needs.check(method.name, problem)
     view = View(problem, request, needs, runtime)
+    if prepared is not None and prepared.key != prepared_key(problem, method, runtime):
+        raise UserError(
+            f"what was prepared does not belong to this model, data, seed and {method.name}'s "
+            "settings; prepare again"
+        )
+    if prepared is None and method.prepares == "always":
+        prepared = prepare(problem, method, runtime=runtime)
     runtime.seed_everything("run", method.name)
+    extra = {} if prepared is None else {"prepared": prepared.tensors}
     with runtime.metered() as cost:
-        outcome = method.run(view, runtime)
+        outcome = method.run(view, runtime, **extra)
+    if prepared is not None:
+        outcome.details["preparation"] = asdict(prepared.cost)
     if runtime.processes > 1:  # each counted its own share
         counted = torch.tensor([cost.samples, cost.gradients], device=runtime.device)
         cost.samples, cost.gradients = runtime.sum(counted).tolist()

@@ -29,6 +29,7 @@ class Needs:
         original: uses the original model beside the one it edits, e.g. as a frozen teacher.
         per_sample_grad: needs a gradient for each sample.
         recipe: retrains from the recipe.
+        fresh: uses an untrained model of the same architecture.
         models: number of retrained reference models.
         capabilities: functions of the problem beyond `each_loss`, by name.
     """
@@ -40,6 +41,7 @@ class Needs:
     original: bool = False
     per_sample_grad: bool = False
     recipe: bool = False
+    fresh: bool = False
     models: int = 0
     capabilities: frozenset[str] = frozenset()
 
@@ -65,6 +67,8 @@ class Needs:
             )
         if self.recipe and problem.recipe is None:
             raise NeedsError(f"{name} needs to know how the model was trained; pass recipe=")
+        if self.fresh:
+            problem.fresh(0)
         if self.validation and problem.valid is None:
             raise NeedsError(f"{name} needs validation data; pass valid=")
         for capability in sorted(self.capabilities):
@@ -88,6 +92,7 @@ class Needs:
         words += ["original model"] if self.original else []
         words += ["per-sample gradients"] if self.per_sample_grad else []
         words += ["recipe"] if self.recipe else []
+        words += ["untrained model"] if self.fresh else []
         words += [f"{self.models} references"] if self.models else []
         return words + sorted(self.capabilities)
 

@@ -7,6 +7,7 @@ are capabilities, discovered by name.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -36,6 +37,7 @@ class Problem:
         *,
         valid: Any = None,
         recipe: Recipe | None = None,
+        build: Callable[[], nn.Module] | None = None,
         roles: Mapping[str, list[str]] | None = None,
         name: str = "",
         source: Mapping[str, Any] | None = None,
@@ -50,6 +52,8 @@ class Problem:
             valid: validation data that a method may declare and use.
             recipe: `recipe(keep_ids, seed) -> model`, training from a fresh initialisation on the
                 samples `keep_ids`; it makes retrained references and exact methods possible.
+            build: makes an untrained model of the same architecture; taken from the recipe or a
+                transformers config where there is one.
             roles: names of modules by role (`"last layer"`, …) where the default guess is wrong.
             name: a short name for tables.
             source: how to build this problem again, for `reproduce`.
@@ -62,6 +66,7 @@ class Problem:
         self.test = None if test is None else Data.of(test)
         self.valid = None if valid is None else Data.of(valid)
         self.recipe = recipe
+        self._build = build or getattr(recipe, "build", None)
         self._roles = dict(roles or {})
         self.name = name or type(model).__name__
         self.source = dict(source or {})
@@ -127,6 +132,26 @@ class Problem:
         if not callable(found):
             raise NeedsError(f"a {self.kind} problem does not offer {name!r}; pass {name}=")
         return found
+
+    def fresh(self, seed: int) -> nn.Module:
+        """Return an untrained model of the same architecture, every module drawn anew.
+
+        Raises:
+            NeedsError: nobody said how to build one, or what was built has other weights.
+        """
+        build = self._build
+        config = getattr(self.model, "config", None)
+        if build is None and hasattr(config, "to_dict"):  # a transformers model
+            build = functools.partial(type(self.model), copy.deepcopy(config))
+        if build is None:
+            raise NeedsError("an untrained model of the same architecture is needed; pass build=")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build().eval()
+        shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (model, self.model)]
+        if shapes[0] != shapes[1]:
+            raise NeedsError("build= makes a model whose weights have other names or shapes")
+        return model
 
     def role(self, name: str) -> list[str]:
         """Module names that play a role in *this* model.

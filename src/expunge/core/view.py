@@ -129,6 +129,11 @@ class View:
         self._declared(self.needs.original, "the original model beside its own")
         return self.model().eval().requires_grad_(False)
 
+    def fresh(self, *stage: str | int) -> nn.Module:
+        """Return an untrained model of the same architecture, seeded by the run and the stage."""
+        self._declared(self.needs.fresh, "an untrained model")
+        return self._problem.fresh(self._runtime.seed_for("fresh", *stage)).to(self._runtime.device)
+
     def retrain(self, seed: int) -> nn.Module:
         """Run the recipe without the forget samples."""
         self._declared(self.needs.recipe, "the recipe")
@@ -160,6 +165,10 @@ class View:
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits [B, C], if declared."""
         return self.capability("logits")(model, batch)
+
+    def penultimate(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Input [B, d] of the last layer, with its gradient, if declared."""
+        return self.capability("penultimate")(model, batch)
 
     def role(self, name: str) -> list[str]:
         """Names of the modules that play a role in this model."""

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from expunge.core.data import Batch
 from expunge.core.errors import DataError, ModelError
 from expunge.core.problem import Problem
-from expunge.problems.taps import leaf_layers, read_taps
+from expunge.problems.taps import leaf_layers, penultimate, read_taps
 
 
 class Classification(Problem):
@@ -37,6 +37,10 @@ class Classification(Problem):
     def features(self, model: nn.Module, batch: Batch, layers: list[str]) -> dict[str, Tensor]:
         """Outputs of named layers, flattened to [B, d]."""
         return read_taps(model, layers, lambda m: self.logits(m, batch))
+
+    def penultimate(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Input [B, d] of the last layer, with its gradient."""
+        return penultimate(model, self.role("last layer")[0], lambda m: self.logits(m, batch))
 
     def layers(self) -> list[str]:
         """Names of the layers that `features` is usually asked for, input to output."""

@@ -44,6 +44,7 @@ class SSD(Method):
     """
 
     name: ClassVar[str] = "ssd"
+    prepares: ClassVar[Literal["never", "optional", "always"]] = "optional"
     card: ClassVar[Card] = Card(
         title="Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening",
         authors="Jack Foster, Stefan Schoepf, Alexandra Brintrup",
@@ -118,6 +119,10 @@ class SSD(Method):
             per_sample_grad=self.fisher == "sample",
             capabilities=frozenset({"logits"}) if free else frozenset(),
         )
+
+    def preparation_settings(self) -> dict[str, Any]:
+        """Importances depend on the estimator alone, not on what is done with them."""
+        return {k: v for k, v in self.in_force().items() if k not in ("alpha", "lam")}
 
     def prepare(self, problem: Problem, runtime: Runtime) -> dict[str, Tensor]:
         r"""Importance \(I^D\) of all training data by parameter name; no request changes it.

@@ -6,7 +6,7 @@ import datetime as dt
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -85,7 +85,7 @@ def prepare(problem: Problem, method: Method, *, runtime: Runtime | None = None)
     Args:
         problem: the model and its data.
         method: a method that says `prepares`.
-        runtime: device, seed, progress.
+        runtime: device, progress, and the seed unless the method must prepare: that uses seed 0.
 
     Returns:
         The artefact, to be passed to `unlearn`.
@@ -98,6 +98,8 @@ def prepare(problem: Problem, method: Method, *, runtime: Runtime | None = None)
         raise UserError(f"{method.name} has nothing to prepare")
     problem.check()
     method.needs.check(method.name, problem)
+    if method.prepares == "always":  # one preparation serves every seed
+        runtime = replace(runtime, seed=0, cost=Cost())
     runtime.seed_everything("prepare", method.name)
     with runtime.metered() as cost:
         tensors = method.prepare(problem, runtime)
@@ -112,7 +114,8 @@ def prepared_key(problem: Problem, method: Method, runtime: Runtime) -> str:
         [method.name, f"{type(method).__module__}.{type(method).__qualname__}"],
         method.preparation_settings(),
         problem.recipe_key() if problem.recipe is not None else None,
-        runtime.seed,
+        # what `run` could compute itself must equal it; what must be prepared serves every seed
+        runtime.seed if method.prepares == "optional" else None,
     ])
 
 
@@ -174,7 +177,7 @@ def unlearn(
     with runtime.metered() as cost:
         outcome = method.run(view, runtime, **extra)
     if prepared is not None:
-        outcome.details["preparation"] = asdict(prepared.cost)
+        outcome.details["preparation"] = asdict(prepared.cost) | {"key": prepared.key}
     if runtime.processes > 1:  # each counted its own share
         counted = torch.tensor([cost.samples, cost.gradients], device=runtime.device)
         cost.samples, cost.gradients = runtime.sum(counted).tolist()

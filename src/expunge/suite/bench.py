@@ -16,7 +16,14 @@ from expunge import __version__
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.errors import StoreError
 from expunge.core.hashing import content_key, hash_model, hash_tensors
-from expunge.core.method import Method, package_versions, unlearn
+from expunge.core.method import (
+    Method,
+    Prepared,
+    package_versions,
+    prepare,
+    prepared_key,
+    unlearn,
+)
 from expunge.core.outcome import CHANGES, Cost, Outcome
 from expunge.core.problem import Problem
 from expunge.core.request import Request
@@ -119,11 +126,36 @@ class Bench:
             return self.stored_outcome(found, problem, request), found.id
         checkpoint = self.store.folder / "checkpoints" / key
         runtime = replace(self.runtime, seed=seed, checkpoint=checkpoint, cost=Cost())
-        outcome = unlearn(problem, request, method, runtime=runtime, passed=passed)
+        ready = self.prepared(problem, method)
+        outcome = unlearn(problem, request, method, runtime=runtime, passed=passed, prepared=ready)
         run = self.put_outcome(outcome, key)
         shutil.rmtree(checkpoint, ignore_errors=True)
         self._on_job(label, key, False, run)
         return outcome, run
+
+    def prepared(self, problem: Problem, method: Method) -> Prepared | None:
+        """What a method must prepare, from the store if it did so before; None if nothing."""
+        if method.prepares != "always":
+            return None
+        runtime = replace(self.runtime, cost=Cost())
+        key = prepared_key(problem, method, runtime)
+        found = self.store.find("prepare", key)
+        label = f"{problem.name}: {method.name} prepares"
+        if found is not None:
+            self._on_job(label, key, True, found.id)
+            return Prepared(self.store.tensors(found), key, Cost(**found.record["cost"]))
+        made = prepare(problem, method, runtime=runtime)
+        record = {
+            "problem": problem.name,
+            "method": {"name": method.name, "in_force": method.preparation_settings()},
+            "cost": asdict(made.cost),
+        }
+        run = self.store.put_run(
+            kind="prepare", key=key, record=record, tensors=made.tensors,
+            parents=[self.original(problem)],
+        )  # fmt: skip
+        self._on_job(label, key, False, run)
+        return made
 
     def put_outcome(self, outcome: Outcome, key: str) -> str:
         """Keep an outcome's record and change; return its run id."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expunge.core.data import Batch, map_inputs
 from expunge.core.errors import ModelError
@@ -80,7 +81,9 @@ def by_vmap(
         return functional_call(wrapper, values, (one,))[0]
 
     in_dims = (None, 0, None if batch.y is None else 0, 0)
-    found = vmap(grad(loss), in_dims=in_dims)(values, batch.x, batch.y, batch.ids)
+    # fused attention has no batching rule, so vmap would run it sample by sample, with a warning
+    with sdpa_kernel(SDPBackend.MATH):
+        found = vmap(grad(loss), in_dims=in_dims)(values, batch.x, batch.y, batch.ids)
     return {
         name: _reduce(found[long], reduction, model.get_parameter(name).dtype)
         for long, name in names.items()

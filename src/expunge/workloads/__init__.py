@@ -10,6 +10,7 @@ registry = Registry(
         "digits-class": "expunge.workloads.digits:digits_class",
         "mnist-class": "expunge.workloads.mnist:mnist_class",
         "mnist-random": "expunge.workloads.mnist:mnist_random",
+        "mnist-mislabelled": "expunge.workloads.mislabelled:mnist_mislabelled",
     },
     group="expunge.workloads",
 )

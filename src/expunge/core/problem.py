@@ -116,6 +116,10 @@ class Problem:
         """
         raise NeedsError("this problem has no each_loss; use Problem.of(model, data, each_loss=…)")
 
+    def logits_and_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [B, C] and per-sample losses [B]; a kind that knows how runs the model once."""
+        return self.capability("logits")(model, batch), self.each_loss(model, batch)
+
     def can(self, capability: str) -> bool:
         """Whether a capability is offered."""
         return capability in self._extra or callable(getattr(self, capability, None))

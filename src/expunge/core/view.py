@@ -21,6 +21,8 @@ from expunge.core.problem import Problem, run_recipe
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 
+_WITHHELD = "a method used the labelled loss on samples whose labels it did not declare"
+
 
 class Source:
     """One side of the data (forget, retain, validation) as a method sees it."""
@@ -152,9 +154,7 @@ class View:
             AccessError: the labels were withheld.
         """
         if batch.y is None:
-            raise AccessError(
-                "a method used the labelled loss on samples whose labels it did not declare"
-            )
+            raise AccessError(_WITHHELD)
         return self._problem.each_loss(model, batch)
 
     def capability(self, name: str) -> Callable[..., Any]:
@@ -165,6 +165,17 @@ class View:
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits [B, C], if declared."""
         return self.capability("logits")(model, batch)
+
+    def logits_and_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [B, C] and training losses [B] of a batch with labels, by one pass if possible.
+
+        Raises:
+            AccessError: the labels were withheld, or the logits were not declared.
+        """
+        self.capability("logits")
+        if batch.y is None:
+            raise AccessError(_WITHHELD)
+        return self._problem.logits_and_loss(model, batch)
 
     def penultimate(self, model: nn.Module, batch: Batch) -> Tensor:
         """Input [B, d] of the last layer, with its gradient, if declared."""

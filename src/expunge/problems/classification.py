@@ -34,6 +34,14 @@ class Classification(Problem):
         assert batch.y is not None
         return cross_entropy(self.logits(model, batch), batch.y, reduction="none")
 
+    def logits_and_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [B, C] and losses [B] from one forward pass."""
+        if "each_loss" in vars(self) or type(self).each_loss is not Classification.each_loss:
+            return super().logits_and_loss(model, batch)  # a loss of the user's own
+        assert batch.y is not None
+        logits = self.logits(model, batch)
+        return logits, cross_entropy(logits, batch.y, reduction="none")
+
     def features(self, model: nn.Module, batch: Batch, layers: list[str]) -> dict[str, Tensor]:
         """Outputs of named layers, flattened to [B, d]."""
         return read_taps(model, layers, lambda m: self.logits(m, batch))

@@ -87,17 +87,19 @@ class SCRUB(Training):
         """Alternate the passes, and rewind if asked to."""
         teacher = view.original()
 
-        def kl(student: nn.Module, batch: Batch) -> Tensor:
+        def kl(logits: Tensor, batch: Batch) -> Tensor:
             with torch.no_grad():
                 target = view.logits(teacher, batch)
-            return batch.mean(kl_each(target, view.logits(student, batch), self.temperature))
+            return batch.mean(kl_each(target, logits, self.temperature))
 
         def max_loss(student: nn.Module, batch: Batch) -> Tensor:
-            return -kl(student, batch)
+            return -kl(view.logits(student, batch), batch)
 
         def min_loss(student: nn.Module, batch: Batch) -> Tensor:
-            loss = self.gamma * batch.mean(view.each_loss(student, batch))
-            return loss + self.alpha * kl(student, batch) if self.alpha else loss
+            if not self.alpha:
+                return self.gamma * batch.mean(view.each_loss(student, batch))
+            logits, losses = view.logits_and_loss(student, batch)
+            return self.gamma * batch.mean(losses) + self.alpha * kl(logits, batch)
 
         def passes(epoch: int) -> Pass:
             if epoch < self.max_epochs:

@@ -125,7 +125,7 @@ def merged(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | Non
     values = [float(f["value"]) for f in usable]
     mean = statistics.fmean(values)
     halves = [(f["high"] - f["low"]) / 2 for f in usable if finite(f.get("low")) is not None and finite(f.get("high")) is not None]  # fmt: skip
-    half = max(_t95(len(values)) * statistics.stdev(values) / math.sqrt(len(values)), statistics.fmean(halves) if halves else 0.0)  # fmt: skip
+    half = max(t95(len(values)) * statistics.stdev(values) / math.sqrt(len(values)), statistics.fmean(halves) if halves else 0.0)  # fmt: skip
     low, high = next((r for p, r in _RANGES.items() if name.startswith(p)), (-math.inf, math.inf))
     references = [r for f in usable if (r := finite(f.get("reference"))) is not None]
     reference = statistics.fmean(references) if references else None
@@ -224,7 +224,7 @@ def number(value: Any, name: str = "") -> str:
     return f"{found:.3f}" if abs(found) < 10 else f"{found:.3g}"
 
 
-def _t95(n: int) -> float:
+def t95(n: int) -> float:
     """97.5 % point of Student's t with n − 1 degrees of freedom."""
     from scipy.special import stdtrit
 

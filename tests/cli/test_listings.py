@@ -1,3 +1,8 @@
+"""What listings print."""
+
+from __future__ import annotations
+
+
 def test_cells_are_text_and_not_markup(capsys):
     from expunge.cli.common import print_table
 

@@ -28,12 +28,15 @@ benchmarks: .venv/.dev
 	$(PIP) torch
 	touch $@
 
+# of recbole only its copy of MovieLens-100k is read, and its many dependencies are not wanted
 .venv/.demo: .venv/.torch pyproject.toml
 	$(PIP) -e '.[workloads]'
+	$(PIP) --no-deps recbole
 	touch $@
 
 .venv/.dev: .venv/.torch pyproject.toml
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps recbole
 	$(BIN)/python -c "import importlib.util as u; assert u.find_spec('torchvision') is None, 'torchvision must not be installed'"
 	touch $@ .venv/.demo
 

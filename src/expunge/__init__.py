@@ -33,6 +33,8 @@ _PUBLIC = {
     "Needs": "expunge.core.needs",
     "Outcome": "expunge.core.outcome",
     "Problem": "expunge.core.problem",
+    "Regression": "expunge.problems.regression",
+    "RegressorRecipe": "expunge.train.recipe",
     "Request": "expunge.core.request",
     "Runtime": "expunge.core.runtime",
     "Store": "expunge.store",
@@ -41,10 +43,13 @@ _PUBLIC = {
     "View": "expunge.core.view",
     "audit": "expunge.suite.compare",
     "compare": "expunge.suite.compare",
+    "difficulty": "expunge.fleet.difficulty",
     "forget": "expunge.core.request",
     "load": "expunge.core.outcome",
     "prepare": "expunge.core.method",
+    "prune": "expunge.train.prune",
     "setting": "expunge.core.settings",
+    "tune": "expunge.suite.tune",
     "unlearn": "expunge.core.method",
 }
 _MODULES = ("audits", "methods", "workloads")
@@ -64,10 +69,14 @@ if TYPE_CHECKING:
     from expunge.core.runtime import Runtime
     from expunge.core.settings import setting
     from expunge.core.view import View
+    from expunge.fleet.difficulty import difficulty
     from expunge.problems.classification import Classification
+    from expunge.problems.regression import Regression
     from expunge.store import Store
     from expunge.suite.compare import Comparison, audit, compare
-    from expunge.train.recipe import ClassifierRecipe
+    from expunge.suite.tune import tune
+    from expunge.train.prune import prune
+    from expunge.train.recipe import ClassifierRecipe, RegressorRecipe
 
 
 def __getattr__(name: str) -> Any:

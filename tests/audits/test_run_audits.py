@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from expunge.audits import SUITES, registry
+from expunge.audits import ASKED_FOR, SUITES, registry
 from expunge.audits.accuracy import Accuracy
 from expunge.audits.cost import CostAudit
+from expunge.audits.regression_error import RegressionError
 from expunge.audits.run import audit_list, run_audits
 from expunge.core.audit import Subject
 from expunge.core.errors import NeedsError, UserError
@@ -35,8 +36,8 @@ def test_settings_make_an_audit_again(name):
 
 
 def test_names_suites_and_instances():
-    assert [a.name for a in audit_list("standard")] == list(registry)
-    assert audit_list("quick") == [Accuracy(), CostAudit()]
+    assert [a.name for a in audit_list("standard")] == [n for n in registry if n not in ASKED_FOR]
+    assert audit_list("quick") == [Accuracy(), RegressionError(), CostAudit()]
     assert audit_list("accuracy") == [Accuracy()]
     mine = Accuracy()
     assert audit_list(["cost", mine])[1] is mine
@@ -85,14 +86,14 @@ def test_progress_is_reported(plain):
 
     reporter = Counting()
     run_audits(plain, [], "quick", Runtime(reporter=reporter))
-    assert (reporter.done, reporter.total) == (2, 2)
+    assert (reporter.done, reporter.total) == (3, 3)
 
 
 def test_predictions_of_the_original_are_shared(tables):
     a, b = tables([0, 1] * 10, [0, 1] * 10, Request(label=1), *[torch.eye(2).repeat(20, 1)] * 2)
     a.original().logits("retain-test")
     assert a.original() is b.original()
-    assert "retain-test" in b.original()._logits
+    assert ("logits", "retain-test") in b.original()._outputs
     other = Subject(a.model, a.problem, Request(label=0), Runtime())
     assert other.original() is not a.original()
 

@@ -17,7 +17,7 @@ from expunge.methods import registry
 from expunge.workloads.nets import digits_mlp
 
 METHODS = [n for n in registry if registry.get(n).domain in ("general", "classification")]
-QUICK = {"epochs": 1, "batch_size": 16}
+QUICK = {"epochs": 1, "batch_size": 16, "models": 6, "oracles": 1}
 
 
 def quick(name, **more):

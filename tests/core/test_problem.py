@@ -171,11 +171,30 @@ def test_forgetting_a_class_splits_the_test_data_too(classified):
     assert lists(classified.split(Request(label=(2, 0))))["forget-test"] == [0, 2, 3, 5]
 
 
-@pytest.mark.parametrize("request_", [Request(ids=(12, 10)), Request(where="label == 2")])
+@pytest.mark.parametrize("request_", [Request(ids=(12, 10)), Request(where="id < 13")])
 def test_forgetting_samples_leaves_the_test_data_whole(classified, request_):
     splits = lists(classified.split(request_))
     assert splits["forget-test"] == []
     assert splits["retain-test"] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("where", ["label == 2", "y == 2", "not (0 <= y < 2)"])
+def test_a_condition_on_labels_alone_splits_the_test_data_too(classified, where):
+    asked, named = classified.split(Request(where=where)), classified.split(Request(label=2))
+    assert lists(asked) == lists(named)
+
+
+@pytest.mark.parametrize("where", ["label == 2 and id < 17", "y == 2 or id == 10"])
+def test_a_condition_on_more_than_labels_leaves_the_test_data_whole(classified, where):
+    assert lists(classified.split(Request(where=where)))["forget-test"] == []
+
+
+def test_a_column_called_y_is_not_the_label():
+    x = torch.zeros(4, 2)
+    train = Data((x, [0, 1, 0, 1]), columns={"y": [5, 6, 7, 8]})
+    test = Data((x, [0, 1, 0, 1]), columns={"y": [5, 6, 7, 8]})
+    splits = lists(Classification(nn.Linear(2, 2), train, test).split(Request(where="y >= 7")))
+    assert (splits["forget-train"], splits["forget-test"]) == ([2, 3], [])
 
 
 def test_a_class_that_the_test_data_lacks_or_consists_of():

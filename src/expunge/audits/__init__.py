@@ -15,13 +15,23 @@ registry = Registry(
         "membership": "expunge.audits.membership:Membership",
         "cka": "expunge.audits.cka:CKA",
         "weight-distance": "expunge.audits.weight_distance:WeightDistance",
+        "norm-statistics": "expunge.audits.norm_statistics:NormStatistics",
         "cost": "expunge.audits.cost:CostAudit",
+        "regression-error": "expunge.audits.regression_error:RegressionError",
+        "wasserstein": "expunge.audits.wasserstein:Wasserstein",
+        "residual-membership": "expunge.audits.residual_membership:ResidualMembership",
+        "relearn-time": "expunge.audits.relearn_time:RelearnTime",
     },
     group="expunge.audits",
 )
 
-SUITES = {"standard": tuple(registry), "quick": ("accuracy", "cost")}
-"""Named groups of audits."""
+ASKED_FOR = ("relearn-time",)
+"""Audits that train the model anew and so run only when they are named."""
+SUITES = {
+    "standard": tuple(name for name in registry if name not in ASKED_FOR),
+    "quick": ("accuracy", "regression-error", "cost"),
+}
+"""Named groups of audits; what is for another kind of problem is left out."""
 
 
 def __getattr__(name: str) -> Any:

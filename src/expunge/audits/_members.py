@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,7 +18,13 @@ Places = dict[str, Tensor]
 """Positions within splits, by split."""
 
 
-def nonmembers(subject: Subject, how: str, runtime: Runtime) -> tuple[Places | None, str]:
+def nonmembers(
+    subject: Subject,
+    how: str,
+    runtime: Runtime,
+    strata: Callable[[Tensor], Tensor] = lambda labels: labels,
+    stratum: str = "class",
+) -> tuple[Places | None, str]:
     """Choose test samples to stand for non-members.
 
     `matched` draws them so that class shares equal those of the forget set, as many as the
@@ -27,6 +34,8 @@ def nonmembers(subject: Subject, how: str, runtime: Runtime) -> tuple[Places | N
         subject: gives the splits and labels; its model is not used.
         how: `matched` or `test` (all test samples).
         runtime: seeds the draw.
+        strata: turns labels [n] into whole numbers ≥ 0 [n] whose shares are matched.
+        stratum: what such a number stands for, in one word.
 
     Returns:
         Positions by split and a description, or None and the reason.
@@ -34,13 +43,16 @@ def nonmembers(subject: Subject, how: str, runtime: Runtime) -> tuple[Places | N
     splits = [s for s in ("forget-test", "retain-test") if len(subject.splits[s])]
     if how == "test":
         return {s: torch.arange(len(subject.splits[s])) for s in splits}, "all test samples"
-    wanted = subject.labels("forget-train").bincount()
-    labels = torch.cat([subject.labels(s) for s in splits])
+    wanted = strata(subject.labels("forget-train")).bincount()
+    labels = torch.cat([strata(subject.labels(s)) for s in splits])
     there = labels.bincount(minlength=len(wanted))[: len(wanted)]
     present = wanted.nonzero().flatten()
     if not int(there[present].min()):
         lacking = int(present[there[present].argmin()])
-        return None, f"the test data has no sample of class {lacking}, which the forget set holds"
+        return (
+            None,
+            f"the test data has no sample of {stratum} {lacking}, which the forget set holds",
+        )
     scale = float((there[present].double() / wanted[present]).min())
     generator = runtime.generator("membership", "non-members")
     drawn = []
@@ -52,7 +64,7 @@ def nonmembers(subject: Subject, how: str, runtime: Runtime) -> tuple[Places | N
     if len(chosen) < FEWEST:
         return (
             None,
-            f"only {len(chosen)} test samples match the forget set's classes, {FEWEST} are needed",
+            f"only {len(chosen)} test samples match the forget set's {_plural(stratum)}, {FEWEST} are needed",
         )
     places, offset = {}, 0
     for s in splits:
@@ -61,7 +73,11 @@ def nonmembers(subject: Subject, how: str, runtime: Runtime) -> tuple[Places | N
         if len(inside):
             places[s] = inside
         offset += size
-    return places, f"{len(chosen)} test samples with the forget set's class shares"
+    return places, f"{len(chosen)} test samples with the forget set's {stratum} shares"
+
+
+def _plural(word: str) -> str:
+    return word + ("es" if word.endswith("s") else "s")
 
 
 def best_threshold(forget: np.ndarray, out: np.ndarray) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from expunge.core.audit import Subject
 
@@ -30,16 +31,23 @@ def missing(subject: Subject, split: str, *, labels: bool = True) -> str | None:
     if not len(subject.splits[split]):
         if split != "forget-test":
             return "no sample is left on this side"
-        if subject.request.label is None:
-            return "no whole class was forgotten, so no test sample belongs to the request"
-        return "the test data has no sample of the forgotten class"
+        regression = subject.problem.kind == "regression"
+        what = "range of targets" if regression else "whole class"
+        if not subject.request.about_labels:
+            return f"no {what} was forgotten, so no test sample belongs to the request"
+        return f"the test data has no sample of the forgotten {what.removeprefix('whole ')}"
     if labels and subject.data_of(split).labels is None:
         return f"the {'test' if split.endswith('test') else 'training'} data has no labels"
     return None
 
 
 def unusable(
-    subjects: Sequence[Subject], split: str, *, labels: bool = True, finite: bool = True
+    subjects: Sequence[Subject],
+    split: str,
+    *,
+    labels: bool = True,
+    finite: bool = True,
+    outputs: Callable[[Subject, str], Tensor] = Subject.logits,
 ) -> str | None:
     """Why predictions on a split cannot be scored, or None.
 
@@ -47,7 +55,8 @@ def unusable(
         subjects: the model under audit and those it is compared with.
         split: e.g. `forget-train`.
         labels: whether true labels are needed.
-        finite: whether infinite logits are in the way too, not only NaN.
+        finite: whether infinite outputs are in the way too, not only NaN.
+        outputs: what is looked at: `Subject.logits` or `Subject.predictions`.
 
     Returns:
         One clause for `Finding.reason`.
@@ -56,7 +65,7 @@ def unusable(
     if why:
         return why
     for subject in subjects:
-        logits = subject.logits(split)
-        if bool(torch.isnan(logits).any()) or (finite and not bool(torch.isfinite(logits).all())):
+        found = outputs(subject, split)
+        if bool(torch.isnan(found).any()) or (finite and not bool(torch.isfinite(found).all())):
             return f"a model gives NaN{' or infinite' if finite else ''} outputs on {split}"
     return None

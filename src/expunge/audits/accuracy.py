@@ -24,6 +24,7 @@ class Accuracy(Audit):
     """
 
     name: ClassVar[str] = "accuracy"
+    domain: ClassVar[str] = "classification"
     card: ClassVar[Card] = Card(
         title="Model Sparsity Can Simplify Machine Unlearning",
         authors="Jia, Liu, Ram, Yao, Liu, Liu, Sharma, Liu",

@@ -31,6 +31,7 @@ class Divergence(Audit):
     """
 
     name: ClassVar[str] = "divergence"
+    domain: ClassVar[str] = "classification"
     card: ClassVar[Card] = Card(
         title="Can Bad Teaching Induce Forgetting? Unlearning in Deep Networks Using an Incompetent Teacher",
         authors="Chundawat, Tarun, Mandal, Kankanhalli",

@@ -46,6 +46,7 @@ class Membership(Audit):
     """
 
     name: ClassVar[str] = "membership"
+    domain: ClassVar[str] = "classification"
     card: ClassVar[Card] = Card(
         title="Systematic Evaluation of Privacy Risks of Machine Learning Models",
         authors="Song, Mittal",
@@ -76,8 +77,10 @@ class Membership(Audit):
     ) -> list[Finding]:
         """Attack subject, original and references in the same way."""
         everyone = [subject, subject.original(), *references]
-        whys = [unusable(everyone, s) for s in ("forget-train", "retain-train", "retain-test")]
-        why = next((w for w in whys if w), None)
+        # a stratum's samples are attacked as the whole is: known members are those of the whole
+        known = [s.whole for s in everyone]
+        whys = [unusable(known, s) for s in ("retain-train", "retain-test")]
+        why = next((w for w in (unusable(everyone, "forget-train"), *whys) if w), None)
         places: Places | None = None
         how = why or ""
         if not why:
@@ -105,7 +108,7 @@ class Membership(Audit):
     ) -> Finding:
         # The forgotten class has no members on the retain side: among the non-members it would
         # teach the attacker the class instead of the membership.
-        inside, outside = (len(subject.splits[s]) for s in ("retain-train", "retain-test"))
+        inside, outside = (len(subject.whole.splits[s]) for s in ("retain-train", "retain-test"))
         size = min(inside, outside, 2 * self.max_samples) // 2 * 2
         if size < 2 * FEWEST:
             return _none(f"efficacy-{attacker}", f"only {size} samples a side to fit and score on")
@@ -116,7 +119,7 @@ class Membership(Audit):
 
         def attack(s: Subject) -> tuple[np.ndarray, float]:
             feature = _FEATURE[attacker]
-            member = _score(feature, s, "retain-train", picked[0])
+            member = _score(feature, s.whole, "retain-train", picked[0])
             unseen = _score(feature, s, "retain-test", picked[1])
             return efficacy(attacker, member, unseen, _score(feature, s, "forget-train"))
 
@@ -162,7 +165,8 @@ def _threshold(
     value, folded_low, folded_high = two_sided(raw, low, high)
     theirs = [auc(*_sides(score, r, places)) for r in references]
     before = auc(*_sides(score, subject.original(), places))
-    groups = {"forget": forget, "retain": _score(score, subject, "retain-train"), "nonmember": out}
+    kept = _score(score, subject.whole, "retain-train")
+    groups = {"forget": forget, "retain": kept, "nonmember": out}
     return Finding(
         f"membership/auc-{score}",
         value,

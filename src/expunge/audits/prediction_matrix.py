@@ -24,6 +24,7 @@ class PredictionMatrix(Audit):
     """
 
     name: ClassVar[str] = "prediction-matrix"
+    domain: ClassVar[str] = "classification"
     card: ClassVar[Card] = Card(
         title="Unlearning Comparator: A Visual Analytics System for Comparative Evaluation of Machine Unlearning Methods",
         authors="Lee, Yu, Kim, et al.",

@@ -53,6 +53,10 @@ Where = Annotated[
 Fraction = Annotated[
     float | None, typer.Option("--fraction", help="Forget a random share of the samples.")
 ]
+Prune = Annotated[
+    str | None,
+    typer.Option("--prune", help="Prune the model first, for any method: omp|imp|synflow:RATE."),
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the method, NAME=VALUE; repeatable.")
 ]
@@ -200,6 +204,14 @@ def problem_from(
     return problem_from_disk(
         str(model), data, test=test, recipe=imported(recipe) if recipe else None
     )
+
+
+def check_prune(how: str | None) -> None:
+    """Complain about a `--prune` that cannot be meant, before anything is loaded."""
+    if how is not None:
+        from expunge.train.prune import Pruning
+
+        Pruning.parse(how)
 
 
 def imported(path: str) -> Any:

@@ -16,6 +16,7 @@ from expunge.cli.common import (
     Json,
     Labels,
     Model,
+    Prune,
     RecipePath,
     Seed,
     Settings,
@@ -24,6 +25,7 @@ from expunge.cli.common import (
     Threads,
     Where,
     Workload,
+    check_prune,
     is_main,
     method_specs,
     print_json,
@@ -56,6 +58,7 @@ def unlearn(
     where: Where = None,
     fraction: Fraction = None,
     settings: Settings = None,
+    prune: Prune = None,
     out: OutFolder = None,
     seed: Seed = 0,
     recipe: RecipePath = None,
@@ -73,6 +76,7 @@ def unlearn(
 
     passed = settings_from(settings)
     registry.get(method).create(passed)  # complain before anything is loaded
+    check_prune(prune)
     if out is not None:
         check_out_folder(out)  # before any work
     with make_runtime(device, seed, threads) as runtime:
@@ -81,6 +85,8 @@ def unlearn(
         if not workload:  # a mistake here is said before anything is loaded
             request = request_from(forget, label, ids, where, fraction, seed=seed, model=model)
         problem = problem_from(bench, workload, model, data, test, recipe)
+        if prune is not None:
+            problem = bench.pruned(problem, prune)
         if request is None:
             usual = _usual_request(workload)
             request = request_from(forget, label, ids, where, fraction, seed=seed, default=usual)
@@ -135,9 +141,7 @@ def audit(
         raise UserError(f"run {found.id} is of kind {found.kind}; audit takes an unlearning run")
     with make_runtime(device, threads=threads) as runtime:
         bench = Bench(opened, runtime)
-        problem = problem_of(found.record, bench)
-        if recipe:
-            problem.recipe = imported(recipe)
+        problem = problem_of(found.record, bench, imported(recipe) if recipe else None)
         request = Request.from_dict(found.record["request"])
         outcome = bench.stored_outcome(found, problem, request)
         findings = run_audit(
@@ -161,6 +165,7 @@ def compare(
     ids: Ids = None,
     where: Where = None,
     fraction: Fraction = None,
+    prune: Prune = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas.")] = "0",
     references: References = 3,
     audits: Audits = "standard",
@@ -179,6 +184,7 @@ def compare(
     from expunge.suite.bench import Bench
     from expunge.suite.compare import compare as run_compare
 
+    check_prune(prune)
     names = method_specs(methods)
     for name in names:
         if name != "original":
@@ -194,6 +200,8 @@ def compare(
         usual = _usual_request(workload)
         request = request_from(forget, label, ids, where, fraction, default=usual, model=model)
         problem = problem_from(bench, workload, model, data, test, recipe)
+        if prune is not None:
+            problem = bench.pruned(problem, prune)
         found = run_compare(
             problem, request, names, seeds=numbers, references=references, audits=_audits(audits), bench=bench
         )  # fmt: skip

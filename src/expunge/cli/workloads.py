@@ -36,14 +36,13 @@ def show(name: str, as_json: Json = False) -> None:
 @app.command()
 def check(name: str) -> None:
     """Build a workload's data and an untrained model, and see that they fit."""
-    from expunge.problems.classification import Classification
     from expunge.workloads import registry
 
     workload = registry.get(name)
     data = workload.data()
-    problem = Classification(workload.recipe(data.train).build(), data.train, data.test)
+    problem = workload.of(workload.recipe(data.train).build(), data.train, data.test)
     problem.check()
     count = len(workload.request.resolve(data.train))
-    typer.echo(
-        f"✓ {name}: {len(data.train)} training samples, {problem.classes} classes, request covers {count}"
-    )
+    classes = getattr(problem, "classes", None)
+    kind = f"{classes} classes" if classes else "one target each"
+    typer.echo(f"✓ {name}: {len(data.train)} training samples, {kind}, request covers {count}")

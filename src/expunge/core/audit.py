@@ -88,7 +88,9 @@ class Subject:
         self.runtime = runtime
         self.seconds = seconds
         self.outcome = outcome
-        self._logits: dict[str, Tensor] = {}
+        self._outputs: dict[tuple[str, str], Tensor] = {}
+        self._whole: Subject | None = None
+        self._within = torch.empty(0, dtype=torch.long)
 
     @functools.cached_property
     def splits(self) -> dict[str, Tensor]:
@@ -101,7 +103,27 @@ class Subject:
         key = (self.request.key, self.runtime.device)
         if key not in shared:
             shared[key] = Subject(self.problem.model, self.problem, self.request, self.runtime)
-        return shared[key]
+        return shared[key] if self._whole is None else shared[key].within(self._within)
+
+    @property
+    def whole(self) -> Subject:
+        """The subject that this one is a part of, or itself."""
+        return self._whole or self
+
+    def within(self, ids: Tensor) -> Subject:
+        """The same model with the splits of the training data narrowed to some samples.
+
+        Outputs are taken from the whole; splits of the test data stay as they are.
+        """
+        part = copy.copy(self)
+        part._whole, part._within, part._outputs = self.whole, ids, {}
+        for kept in ("_grams", "_recalibrated"):  # by audits, and about the whole's samples
+            part.__dict__.pop(kept, None)
+        part.__dict__["splits"] = {
+            split: own if split.endswith("test") else own[torch.isin(own, ids)]
+            for split, own in self.whole.splits.items()
+        }
+        return part
 
     def data_of(self, split: str) -> Any:
         """The data set a split belongs to."""
@@ -111,17 +133,27 @@ class Subject:
         """True labels [n] of a split."""
         return self.data_of(split).labels_of(self.splits[split])
 
-    @torch.no_grad()
     def logits(self, split: str) -> Tensor:
-        """Logits [n, C] of a split on CPU, computed once."""
-        if split not in self._logits:
-            compute = self.problem.capability("logits")
+        """Logits [n, C] of a classifier on a split, on CPU, computed once."""
+        return self._output("logits", split)
+
+    def predictions(self, split: str) -> Tensor:
+        """Predicted targets [n] of a regressor on a split, on CPU, computed once."""
+        return self._output("predict", split)
+
+    @torch.no_grad()
+    def _output(self, capability: str, split: str) -> Tensor:
+        if self._whole is not None:
+            rows = torch.isin(self.whole.splits[split], self.splits[split])
+            return self.whole._output(capability, split)[rows]
+        if (capability, split) not in self._outputs:
+            compute = self.problem.capability(capability)
             parts = [
                 compute(self.model, batch.to(self.runtime.device)).float().cpu()
                 for batch in self.data_of(split).batches(256, self.splits[split])
             ]
-            self._logits[split] = torch.cat(parts) if parts else torch.empty(0, 0)
-        return self._logits[split]
+            self._outputs[capability, split] = torch.cat(parts) if parts else torch.empty(0, 0)
+        return self._outputs[capability, split]
 
 
 @dataclass(frozen=True)
@@ -130,11 +162,14 @@ class Audit(Configured):
 
     Attributes:
         name: kebab-case name; its findings are called `name/…`.
+        domain: kind of problem it is for (`"general"`: any with the declared needs); suites leave
+            out what is for another kind.
         card: where the measure comes from.
         needs: what it uses; `models` is the number of references it wants.
     """
 
     name: ClassVar[str]
+    domain: ClassVar[str] = "general"
     card: ClassVar[Card]
 
     @property

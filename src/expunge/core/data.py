@@ -250,10 +250,11 @@ class Data:
         return self.ids[~torch.isin(self.ids, ids)].sort().values
 
     def table(self) -> dict[str, np.ndarray]:
-        """Columns that a request's `where=` may name: id, label, name and the further columns."""
+        """Columns that a request's `where=` may name: id, label (also as y), name and further ones."""
         table = dict(self.columns, id=self.ids.numpy())
         if self.labels is not None:
             table["label"] = self.labels.numpy()
+            table.setdefault("y", table["label"])  # what a regression target is usually called
         if self.names is not None:
             table["name"] = np.asarray(self.names)
         return table

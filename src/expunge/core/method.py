@@ -17,6 +17,7 @@ from expunge.core.hashing import content_key, hash_model
 from expunge.core.needs import Card, Needs
 from expunge.core.outcome import Cost, Outcome, Weights
 from expunge.core.problem import Problem
+from expunge.core.pruned import clear_pruned
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.settings import Configured
@@ -185,6 +186,8 @@ def unlearn(
     trainable = {n: p.requires_grad for n, p in problem.model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable.get(name, True))
+    if problem.kept is not None and clear_pruned(model, problem.kept):
+        outcome.change = None  # what the method described still held pruned weights
     outcome.model = model
     outcome.cost = cost
     if outcome.change is None:

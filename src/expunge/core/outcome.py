@@ -105,7 +105,35 @@ class Delta(Change):
     undo = apply
 
 
-CHANGES: dict[str, type[Change]] = {c.kind: c for c in (Weights, Delta)}
+@dataclass(frozen=True)
+class Wrapper(Change):
+    """A module around the model, whose own weights keep every bit.
+
+    Tensors are named `NAME/tensor`, where `NAME` is an entry of `WRAPPERS`. The wrapped model still
+    holds what was to be forgotten: taking the wrapper off brings all of it back.
+    """
+
+    kind: ClassVar[str] = "wrapper"
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Return the wrapper around `model`.
+
+        Raises:
+            ModelError: the tensors do not belong to one known wrapper.
+        """
+        names = {key.partition("/")[0] for key in self.tensors}
+        if len(names) != 1 or not names <= set(WRAPPERS):
+            raise ModelError(f"no known wrapper is made of the tensors {sorted(self.tensors)}")
+        module, _, name = WRAPPERS[names.pop()].partition(":")
+        values = {key.partition("/")[2]: value for key, value in self.tensors.items()}
+        return getattr(importlib.import_module(module), name)(model, **values)
+
+
+WRAPPERS = {"shifted-logits": "expunge.methods.general.dm_direct:ShiftedLogits"}
+"""Modules that a `Wrapper` can put around a model: `module:class`, called with model and tensors."""
+
+
+CHANGES: dict[str, type[Change]] = {c.kind: c for c in (Weights, Delta, Wrapper)}
 
 
 @dataclass
@@ -238,6 +266,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Outcome:
 
 REBUILDERS = {
     "workload": "expunge.workloads.base:original_of",
+    "pruned": "expunge.workloads.base:pruned_original_of",
     "disk": "expunge.problems.models_on_disk:original_of",
 }
 """How to get an original model back from a record's `source`, by its `kind`: `module:function`."""

@@ -10,14 +10,15 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Batch, Data
 from expunge.core.errors import DataError, NeedsError, UserError
-from expunge.core.hashing import content_key, hash_function, hash_model
+from expunge.core.hashing import content_key, hash_function, hash_model, hash_tensors
+from expunge.core.pruned import keep_only, kept_of
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 
@@ -155,7 +156,36 @@ class Problem:
         shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (model, self.model)]
         if shapes[0] != shapes[1]:
             raise NeedsError("build= makes a model whose weights have other names or shapes")
-        return model
+        return model if self.kept is None else keep_only(model, self.kept)
+
+    @property
+    def kept(self) -> dict[str, Tensor] | None:
+        """The mask the model was pruned to, by parameter name; None if it is dense."""
+        return kept_of(self.model)
+
+    def pruned(
+        self,
+        model: nn.Module,
+        kept: Mapping[str, Tensor],
+        *,
+        recipe: Recipe | None,
+        name: str,
+        source: Mapping[str, Any],
+    ) -> Self:
+        """Return the same problem about a pruned model; every later update keeps its zeros.
+
+        Args:
+            model: the model after pruning; it is copied.
+            kept: True where a weight stays.
+            recipe: trains under the same mask.
+            name: of the new problem.
+            source: how to build it again.
+        """
+        other = copy.copy(self)
+        other.model = keep_only(copy.deepcopy(model).eval(), kept)
+        other.recipe, other.name, other.source = recipe, name, dict(source)
+        other._hashes = {}
+        return other
 
     def role(self, name: str) -> list[str]:
         """Module names that play a role in *this* model.
@@ -194,17 +224,15 @@ class Problem:
 
         Returns:
             `forget-train`, `retain-train`, and where there is test data `forget-test` (test samples
-            of the classes asked for; empty unless whole classes are forgotten) and `retain-test`.
+            of the classes or targets asked for; empty unless whole classes or a range of targets
+            are forgotten) and `retain-test`.
         """
         forget = request.resolve(self.train)
         splits = {"forget-train": forget, "retain-train": self.train.without(forget)}
         if self.test is not None:
-            of_class = torch.empty(0, dtype=torch.long)
-            if request.label is not None and self.test.labels is not None:
-                # not `resolve`: a class without test samples is fine, and so is no other class
-                asked = torch.isin(self.test.labels, torch.tensor(request.label))
-                of_class = self.test.ids[asked].sort().values
-            splits |= {"forget-test": of_class, "retain-test": self.test.without(of_class)}
+            # not `resolve`: a class without test samples is fine, and so is no other class
+            asked = request.alike(self.test)
+            splits |= {"forget-test": asked, "retain-test": self.test.without(asked)}
         return splits
 
     def model_hash(self) -> str:
@@ -218,6 +246,7 @@ class Problem:
         return {
             "kind": self.kind,
             "model": self.model_hash(),
+            "mask": None if self.kept is None else hash_tensors(self.kept),
             "architecture": content_key([str(self.model), self._roles]),
             "functions": content_key({n: hash_function(f) for n, f in self._extra.items()}),
             "train": self.train.fingerprint(),

@@ -25,8 +25,8 @@ class Request:
     """What to forget, why, and since when; exactly one form is set.
 
     `ids`: stable ids or outside names. `label`: one class or several. `where`: an expression over
-    the data's columns, e.g. `"label == 3 and id < 100"`. `fraction`: a share of random samples
-    drawn with `seed`. `texts`, `concept`, `user`, `item`, `nodes`, `edges` are for kinds of
+    the data's columns, e.g. `"label == 3 and id < 100"`, or a range of targets, `"2 < y <= 5"`.
+    `fraction`: a share of random samples drawn with `seed`. `texts`, `concept`, `user`, `item`, `nodes`, `edges` are for kinds of
     problem whose data knows them.
     """
 
@@ -84,6 +84,33 @@ class Request:
                 f"the request ({self}) covers all {len(data)} samples; nothing would be left to keep"
             )
         return ids.sort().values
+
+    @property
+    def about_labels(self) -> bool:
+        """Whether it speaks of nothing but labels: whole classes, or a range of targets."""
+        if self.where is None:
+            return self.label is not None
+        return len(names := _names(self.where)) > 0 and names <= {"label", "y"}
+
+    def alike(self, data: Data) -> Tensor:
+        """Sorted ids of *other* data, such as test data, that belong to the same classes or range.
+
+        Args:
+            data: not the training data; it may hold none of them, or nothing else.
+
+        Returns:
+            The ids; none unless the request is about labels, and there are some.
+        """
+        none = torch.empty(0, dtype=torch.long)
+        if not self.about_labels or data.labels is None:
+            return none
+        if self.label is not None:
+            asked = torch.isin(data.labels, torch.tensor(self.label))
+        elif self.where is not None and not {"label", "y"} & set(data.columns):
+            asked = torch.from_numpy(_evaluate(self.where, data.table()))
+        else:  # a column of that name holds something else
+            return none
+        return data.ids[asked].sort().values
 
     def _select(self, data: Data) -> Tensor:
         if self.ids is not None:
@@ -178,6 +205,15 @@ _COMPARE: dict[type, Callable[[Any, Any], Any]] = {
     ast.In: lambda a, b: np.isin(a, b),
     ast.NotIn: lambda a, b: ~np.isin(a, b),
 }
+
+
+def _names(expression: str) -> set[str]:
+    """Columns an expression names; none if it cannot be read."""
+    try:
+        tree = ast.parse(expression.strip(), mode="eval")
+        return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
 
 
 def _evaluate(expression: str, table: Mapping[str, np.ndarray]) -> np.ndarray:

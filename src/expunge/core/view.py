@@ -67,6 +67,11 @@ class Source:
         batch = replace(batch, total=len(ids), processes=self._runtime.processes)
         return (batch if self.labelled else replace(batch, y=None)).to(self._runtime.device)
 
+    def part(self, count: int, generator: torch.Generator) -> Source:
+        """Return a random part of this side: `count` samples, or all of them if there are fewer."""
+        chosen = self.ids[torch.randperm(len(self.ids), generator=generator)[:count]]
+        return Source(self._data, chosen, self.labelled, self._runtime)
+
     def labels(self) -> Tensor:
         """Labels [len(self)] in the order of `ids`.
 

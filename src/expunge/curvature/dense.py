@@ -65,6 +65,13 @@ def batch_means(matrix: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.stack([rows.mean(0) for rows in matrix.split(list(sizes))])
 
 
+def fisher_solve(matrix: Tensor, v: Tensor, damping: float) -> Tensor:
+    r"""Solve \((\lambda I + \frac1N G^\top G)\, x = v\) for x [P], with the P × P matrix written out."""
+    fisher = matrix.T @ matrix / len(matrix)
+    eye = torch.eye(len(v), dtype=torch.float64)
+    return torch.linalg.solve(damping * eye + fisher, v.double())
+
+
 def named(model: nn.Module, flat: Tensor) -> dict[str, Tensor]:
     """Cut a vector [P] into tensors by parameter name."""
     parts = flat.split([p.numel() for p in model.parameters()])

@@ -9,6 +9,7 @@ They are different quantities and a method says which it uses:
 | `squared_batch_means` | \(\frac1{n_b} \sum_b \bar g_b^2\) | size and order |
 | `batch_mean_magnitudes` | \(\frac1{n_b} \sum_b \lvert\bar g_b\rvert\) | size and order |
 | `accumulated` | \(\sum_b \bar g_b\) | only if the last batch is short |
+| `mean_gradient` | \(\frac1N \sum_n g_n\) | no |
 
 where \(g_n\) is the gradient of sample n and \(\bar g_b\) the mean over batch b. A short last batch
 counts like a full one. The model is in eval mode meanwhile, no buffer changes, and parameters that
@@ -159,6 +160,28 @@ def accumulated(
     return _over_batches(
         "accumulated", lambda g: g, False, model, each, batches, len(source), runtime
     )
+
+
+def mean_gradient(
+    model: nn.Module, each: EachLoss, source: Source, runtime: Runtime, *, batch_size: int
+) -> Statistic:
+    r"""Gradient of the mean loss over a source, \(\frac1N \sum_n \nabla_\theta \ell_n\), in one pass.
+
+    Arguments and result are those of `squared_batch_means`; a short last batch counts as it should.
+    """
+    parameters = trainable(model)
+    values = {
+        n: torch.zeros_like(p, dtype=accumulator_dtype(p.dtype)) for n, p in parameters.items()
+    }
+    batches = source.batches(batch_size)
+    with runtime.task("mean_gradient", len(source)) as task, eval_mode(model), torch.enable_grad():
+        for batch in _reported(batches, task.advance):
+            share = batch.total / len(source) / batch.processes
+            gradients = _batch_gradient(model, each, batch, list(parameters.values()))
+            for value, g in zip(values.values(), gradients, strict=True):
+                value += share * runtime.sum(g.to(value.dtype))
+            runtime.cost.gradients += len(batch)
+    return Statistic("mean_gradient", values, len(source))
 
 
 def _per_sample(

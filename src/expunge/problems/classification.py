@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +10,10 @@ from torch.nn.functional import cross_entropy
 
 from expunge.core.data import Batch
 from expunge.core.errors import DataError, ModelError
-from expunge.core.problem import Problem
-from expunge.problems.taps import leaf_layers, penultimate, read_taps
+from expunge.problems.supervised import Supervised, call
 
 
-class Classification(Problem):
+class Classification(Supervised):
     r"""A classifier with the loss \(-\log p_y(x)\).
 
     `model(x)` must return logits [B, C] or an object with `.logits`; inputs that are a mapping are
@@ -26,8 +24,7 @@ class Classification(Problem):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits [B, C]."""
-        output = model(batch.x) if isinstance(batch.x, Tensor) else model(**batch.x)
-        return getattr(output, "logits", output)
+        return call(model, batch)
 
     def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy [B] of each sample, in nats."""
@@ -42,23 +39,15 @@ class Classification(Problem):
         logits = self.logits(model, batch)
         return logits, cross_entropy(logits, batch.y, reduction="none")
 
-    def features(self, model: nn.Module, batch: Batch, layers: list[str]) -> dict[str, Tensor]:
-        """Outputs of named layers, flattened to [B, d]."""
-        return read_taps(model, layers, lambda m: self.logits(m, batch))
-
-    def penultimate(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Input [B, d] of the last layer, with its gradient."""
-        return penultimate(model, self.role("last layer")[0], lambda m: self.logits(m, batch))
-
-    def layers(self) -> list[str]:
-        """Names of the layers that `features` is usually asked for, input to output."""
-        return leaf_layers(self.model)
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits [B, C]."""
+        return self.logits(model, batch)
 
     @property
     def classes(self) -> int:
         """Number of classes C of the model's output, found by one forward pass."""
         if not hasattr(self, "_classes"):
-            self._classes = int(self._first_logits().shape[1])
+            self._classes = int(self._first(self.logits).shape[1])
         return self._classes
 
     def check(self) -> None:
@@ -68,7 +57,7 @@ class Classification(Problem):
             ModelError: the model does not take these inputs, or has fewer classes than the data.
             DataError: labels are not class numbers.
         """
-        first = self._first_logits()
+        first = self._first(self.logits)
         if not isinstance(first, Tensor) or first.ndim != 2:
             gave = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first)
             raise ModelError(f"a classifier gives logits [B, C]; this model gave {gave}")
@@ -85,16 +74,3 @@ class Classification(Problem):
                 raise ModelError(
                     f"the model has {self._classes} classes but the data has label {int(labels.max())}"
                 )
-
-    def _first_logits(self) -> Tensor:
-        batch = self.train.fetch(self.train.ids[:2])
-        parameter = next(self.model.parameters(), None)
-        compute: Callable[..., Any] = self.logits
-        try:
-            with torch.no_grad():
-                return compute(
-                    self.model, batch if parameter is None else batch.to(parameter.device)
-                )
-        except Exception as error:  # somebody else's model may raise anything
-            line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ModelError(f"the model does not take this data: {line}") from error

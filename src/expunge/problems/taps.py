@@ -25,7 +25,11 @@ def leaf_layers(model: nn.Module) -> list[str]:
 
 
 def read_taps(
-    model: nn.Module, layers: list[str], forward: Callable[[nn.Module], Any]
+    model: nn.Module,
+    layers: list[str],
+    forward: Callable[[nn.Module], Any],
+    *,
+    flat: bool = True,
 ) -> dict[str, Tensor]:
     """Run `forward(model)` and collect the outputs of named layers.
 
@@ -33,21 +37,22 @@ def read_taps(
         model: the model.
         layers: module names as in `named_modules`.
         forward: runs the model once.
+        flat: flatten beyond the batch dimension.
 
     Returns:
-        One tensor [B, d] a layer, flattened beyond the batch dimension.
+        One tensor a layer: [B, d] if flattened, else [B, …].
 
     Raises:
         ModelError: a layer does not exist, or was not run.
     """
-    modules = dict(model.named_modules())
+    modules = _modules(model)
     found: dict[str, Tensor] = {}
     handles = []
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
-            found[name] = tensor.flatten(1)
+            found[name] = tensor.flatten(1) if flat else tensor
 
         return hook
 
@@ -72,7 +77,7 @@ def penultimate(model: nn.Module, last: str, forward: Callable[[nn.Module], Any]
     Raises:
         ModelError: the layer does not exist, or was not run.
     """
-    module = dict(model.named_modules()).get(last)
+    module = _modules(model).get(last)
     if module is None:
         raise ModelError(f"the model has no layer {last!r}")
     found: list[Tensor] = []
@@ -86,3 +91,8 @@ def penultimate(model: nn.Module, last: str, forward: Callable[[nn.Module], Any]
     if not found:
         raise ModelError(f"layer {last!r} was not run by the model")
     return found[0]
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by the names they have in the original; a wrapper says what it is around."""
+    return dict(getattr(model, "unwrapped", model).named_modules())

@@ -28,6 +28,7 @@ _SPLITS = {
     "forget-test": "test samples of what is to be forgotten",
     "retain-test": "all other test samples",
 }
+_RANGE = {**_SPLITS, "forget-test": "test samples with targets that are to be forgotten"}
 _SPLIT_LABELS = {
     "forget-train": "forget, train",
     "retain-train": "rest, train",
@@ -44,6 +45,8 @@ _SCORES = {
 _SIDE = " The raw AUC tells the side: above the reference they still look trained on, below it they stand out as erased."
 _REFERENCE = "Toward the reference: what retrained models reach. Beyond it is over-forgetting."
 _KEPT = "The reference or above."
+_KEPT_ERROR = "The reference or below."
+_ERROR = "Toward the reference: what retrained models reach. A larger error is over-forgetting."
 _AMONG = "Down to the reference, which is the distance of retrained models to each other."
 _AMONG_UP = "Up to the reference, which is the similarity of retrained models to each other."
 _PRICE = "Down. A price, not a verdict."
@@ -87,6 +90,45 @@ def _known() -> dict[str, Explanation]:
         "Balanced accuracy of an attacker fitted to tell forgotten from unseen samples by their loss, ½ to 1.",
         "Toward the reference.",
     )
+    for kind, words in (("mae", "Mean absolute error"), ("rmse", "Root mean squared error")):
+        for split, what in _RANGE.items():
+            found[f"regression-error/{kind}-{split}"] = Explanation(
+                f"{'error' if kind == 'mae' else 'RMSE'}: {_SPLIT_LABELS[split]}",
+                f"{words} on {what}, 0 upward, in the unit of the targets.",
+                _ERROR if split.startswith("forget") else _KEPT_ERROR,
+            )
+    for what, words in (
+        ("predictions", "Wasserstein distance of the distribution of predictions on the forgotten samples to those of retrained models, in the unit of the targets."),
+        ("errors", "The same distance of the distribution of prediction minus target."),
+        ("relative", "Mean difference of the prediction for each forgotten sample to that of retrained models, relative to its target."),
+    ):  # fmt: skip
+        label = (
+            "relative difference of predictions"
+            if what == "relative"
+            else f"distance of {what}, forget train"
+        )
+        found[f"wasserstein/{what}-forget-train"] = Explanation(label, words, _AMONG)
+    found["residual-membership/auc"] = Explanation(
+        "membership AUC, residual",
+        "How well the size of the residual tells forgotten from unseen samples with such targets: two-sided AUC, ½ (not at all) to 1 (perfectly)."
+        + _SIDE,
+        "Toward the reference, not toward ½: retrained models may be told apart as well.",
+    )
+    found["residual-membership/svc"] = Explanation(
+        "called a member, svc",
+        "A support vector machine on the loss, fitted on kept training against kept test samples, calls this share of the forgotten samples members, 0 to 1.",
+        "Toward the reference, not toward 0.",
+    )
+    found["relearn-time/updates"] = Explanation(
+        "updates to relearn",
+        "Mini-batch updates on all training data until the forgotten is known as well as to the original; capped.",
+        "Toward the reference.",
+    )
+    found["relearn-time/ain"] = Explanation(
+        "anamnesis index",
+        "Updates to relearn over those of retrained models: far below 1 the information is still there, far above 1 it was pushed away.",
+        "Toward 1.",
+    )
     for suffix, what in (("", "the forgotten samples"), ("-retain", "kept samples")):
         side = "" if not suffix else ", kept data"
         found[f"cka/original{suffix}"] = Explanation(
@@ -105,6 +147,12 @@ def _known() -> dict[str, Explanation]:
             f"Relative distance of the weights to {what}', 0 upward.".replace("original'", "original's"),
             "No verdict: it says how much was changed, not what was forgotten.",
         )  # fmt: skip
+    for end, what in (("recalibrated", "those the same weights give on kept data alone"), ("reference", "those of retrained models")):  # fmt: skip
+        found[f"norm-statistics/{end}"] = Explanation(
+            f"running statistics, {'against recalibration' if end == 'recalibrated' else 'distance to retrained'}",
+            f"Distance of batch norm's running statistics to {what}, as a share of the original's distance: 1 is as before.",
+            "Down to the reference, which is what retrained models have.",
+        )
     for what, words in (
         ("seconds", "Wall time of unlearning in seconds; the reference is a retraining."),
         ("ratio", "Wall time of unlearning over that of a retraining; 1 is no saving."),
@@ -133,6 +181,11 @@ def explain(name: str, direction: str = "reference") -> Explanation:
     """
     if name in KNOWN:
         return KNOWN[name]
+    whole, _, stratum = name.partition("@")
+    if stratum:
+        one = explain(whole, direction)
+        only = f"{one.meaning} Only samples of the stratum {stratum!r}."
+        return Explanation(f"{one.label}, {stratum}", only, one.good)
     audit, _, what = name.partition("/")
     if what == "all":
         return Explanation(f"{audit}, as a whole", f"The audit {audit} could not be run.", "–")

@@ -10,7 +10,15 @@ from typing import Any
 from expunge.report.explain import explain
 from expunge.report.svg import Box, Plot
 from expunge.report.table import number
-from expunge.report.verdict import MARKS, SCORES, WORDS, finite, method_verdict
+from expunge.report.verdict import (
+    DECISIVE,
+    ERRORS,
+    MARKS,
+    SCORES,
+    WORDS,
+    finite,
+    method_verdict,
+)
 from expunge.report.words import SHOWN, by_method, times
 
 Comparison = Mapping[str, Any]
@@ -48,11 +56,11 @@ def found(row: Row, name: str) -> dict[str, Any] | None:
 
 
 def distance(row: Row) -> float | None:
-    """Mean absolute gap of the accuracies to the retrained models'."""
+    """Mean absolute gap of the accuracies, or mean errors, to the retrained models'."""
     gaps = [
         abs(gap)
         for n, f in row["findings"].items()
-        if n.startswith("accuracy/") and (gap := finite(f.get("gap"))) is not None
+        if n.startswith(DECISIVE) and (gap := finite(f.get("gap"))) is not None
     ]
     return statistics.fmean(gaps) if gaps else None
 
@@ -67,11 +75,12 @@ def quality_cost(comparison: Comparison) -> Figure | None:
     if not any(r["method"] not in SHOWN for r, _, _ in points):
         return None
     ratios = [p[1] for p in points]
+    errors = any(n.startswith(ERRORS) for r, _, _ in points for n in r["findings"])
     plot = Plot(
         "Distance to retraining against cost",
         "; ".join(f"{r['method']}: {times(x)} the time, gap {y:.3f}" for r, x, y in points),
         (min(ratios) / 2, max(1.0, *ratios) * 2), (0.0, max(0.05, max(p[2] for p in points) * 1.2)),
-        "time / time of retraining", "mean accuracy gap", width=420, height=290, log_x=True,
+        "time / time of retraining", f"mean {'error' if errors else 'accuracy'} gap", width=420, height=290, log_x=True,
     )  # fmt: skip
     order = list(dict.fromkeys(r["method"] for r, _, _ in points))
     taken: list[Box] = [(plot.px(x) - 6, plot.py(y) - 6, plot.px(x) + 6, plot.py(y) + 6) for _, x, y in points]  # fmt: skip
@@ -167,11 +176,13 @@ def membership(comparison: Comparison) -> Figure | None:
     panels = []
     groups = ("retain", "nonmember", "forget")
     for row in first_rows(comparison):
-        score = next((s for s in SCORES if _histogram(row, s)), None)
-        if score is None:
+        names = (*(f"membership/auc-{s}" for s in SCORES), "residual-membership/auc")
+        name = next((n for n in names if _histogram(row, n)), None)
+        if name is None:
             continue
-        finding = row["findings"][f"membership/auc-{score}"]
-        h, cut = _histogram(row, score), finite(finding["detail"].get("threshold"))
+        score = name.partition("/auc-")[2]
+        finding = row["findings"][name]
+        h, cut = _histogram(row, name), finite(finding["detail"].get("threshold"))
         shown = [g for g in groups if h.get(g)]
         top = max(max(h[g]) for g in shown) * 1.05
         reference = finite(finding.get("reference"))
@@ -197,6 +208,7 @@ def membership(comparison: Comparison) -> Figure | None:
 
 
 _SCORE_AXIS = {
+    "": "minus the size of the residual",
     "loss": "log-probability of the true class",
     "confidence": "probability of the true class",
     "entropy": "negative entropy",
@@ -205,8 +217,8 @@ _SCORE_AXIS = {
 }
 
 
-def _histogram(row: Row, score: str) -> dict[str, Any]:
-    finding = found(row, f"membership/auc-{score}")
+def _histogram(row: Row, name: str) -> dict[str, Any]:
+    finding = found(row, name)
     h = ((finding or {}).get("detail") or {}).get("histogram") or {}
     ok = len(h.get("edges") or []) > 1 and any(h.get(g) for g in ("forget", "retain", "nonmember"))
     return h if ok else {}

@@ -31,6 +31,13 @@ COLUMNS = (
     "accuracy/retain-train",
     "membership/auc-loss",
     "divergence/js-forget-train",
+    "regression-error/mae-forget-test",
+    "regression-error/mae-retain-test",
+    "regression-error/mae-forget-train",
+    "regression-error/mae-retain-train",
+    "residual-membership/auc",
+    "wasserstein/predictions-forget-train",
+    "relearn-time/ain",
     "cka/reference",
 )
 """Findings with a column in the method table."""
@@ -41,11 +48,23 @@ TERMINAL = (
     "membership/auc-loss",
 )
 """Findings with a column in the terminal."""
+TERMINAL_REGRESSION = (
+    "regression-error/mae-forget-test",
+    "regression-error/mae-retain-test",
+    "residual-membership/auc",
+    "wasserstein/predictions-forget-train",
+)
+"""The same for regressors, whose errors take the place of accuracies."""
 _BEFORE = {"original": "before", "retrain": "reference"}
 _ORDER: tuple[State, ...] = ("lost", "short", "overshoot", "worse", "matches", "unjudged")
 _RANGES = {
     "accuracy/": (0.0, 1.0),
     "membership/auc": (0.5, 1.0),
+    "residual-membership/auc": (0.5, 1.0),
+    "residual-membership/svc": (0.0, 1.0),
+    "regression-error/": (0.0, math.inf),
+    "wasserstein/": (0.0, math.inf),
+    "relearn-time/": (0.0, math.inf),
     "membership/attack": (0.5, 1.0),
     "membership/efficacy": (0.0, 1.0),
     "cka/": (0.0, 1.0),
@@ -231,6 +250,13 @@ def t95(n: int) -> float:
     return float(stdtrit(n - 1, 0.975))
 
 
+def terminal_columns(comparison: Mapping[str, Any]) -> tuple[str, ...]:
+    """Columns of the terminal's table: errors where they were measured, else accuracies."""
+    names = {name for row in comparison["rows"] for name in row["findings"]}
+    measured = any(name.startswith("regression-error/mae-") for name in names)
+    return TERMINAL_REGRESSION if measured else TERMINAL
+
+
 def terminal_table(comparison: Mapping[str, Any]) -> Table:
     """The short table for a terminal: a value and, in brackets, that of retrained models."""
     from rich.markup import escape
@@ -244,7 +270,8 @@ def terminal_table(comparison: Mapping[str, Any]) -> Table:
         pad_edge=False,
     )
     table.add_column("method")
-    for name in TERMINAL:
+    shown = terminal_columns(comparison)
+    for name in shown:
         table.add_column(explain(name).label + "\n(retrained)", justify="right")
     table.add_column("cost\nratio", justify="right")
     table.add_column("verdict")
@@ -255,9 +282,9 @@ def terminal_table(comparison: Mapping[str, Any]) -> Table:
         "lost": "yellow",
         "worse": "yellow",
     }
-    for row in method_rows(comparison, TERMINAL):
+    for row in method_rows(comparison, shown):
         cells = []
-        for name in TERMINAL:
+        for name in shown:
             one = row.cells.get(name)
             cells.append("–" if one is None else f"{one.value} ({one.reference})")
         style = "" if row.shown else colours.get(row.state, "")

@@ -3,14 +3,17 @@
 Pure functions of the report's dict. The rule, in one place:
 
 - The tolerance is the largest of the references' own spread, half the 95 % interval, and a fixed
-  floor: 0.02, for membership 0.03. A gap within it is no gap.
+  floor: 0.02, for membership 0.03, for errors 0.02 standard deviations of the targets. A gap
+  within it is no gap.
 - Toward the reference: within the tolerance `matches`; on the original's side `short`; beyond the
   reference `overshoot`, since forgetting more than a model that never saw the data is a leak.
-- Kept data is not to be forgotten: accuracy below the reference is `lost`, above it is fine.
+- Kept data is not to be forgotten: accuracy below the reference, or an error above it, is `lost`;
+  the other side is fine.
 - Two-sided AUCs do not say which side they are on; the raw AUC in `detail` does. Without it a gap
   is `worse`, and the sentence says that the side is unknown.
 - Distances (`down`, `up`) are held against the distance among references: `matches` or `worse`.
-- A method's verdict rests on the accuracies and one membership AUC; what further audits see is said
+- A method's verdict rests on the accuracies (or mean errors) and one membership AUC; what further
+  audits see is said
   beside it.
 - Weights moved and prices paid are no forgetting: they get no verdict (dearer than retraining: `worse`).
 """
@@ -44,6 +47,9 @@ MARKS: dict[str, str] = {
 NO_REFERENCE = "there is no retrained reference to compare with"
 FLOOR, FLOOR_MEMBERSHIP = 0.02, 0.03
 """Gaps too small to matter, for accuracies and for AUCs."""
+ERRORS = "regression-error/"
+"""Findings in which more is worse."""
+MEMBERSHIP = ("membership/", "residual-membership/")
 _SLACK = 1e-9  # 0.94 − 0.92 is a little more than 0.02 in binary
 
 
@@ -105,7 +111,9 @@ def tolerance(name: str, finding: Mapping[str, Any]) -> float:
         return max(spread - reference, half, 0.25 * abs(reference))
     if finding.get("direction") == "up":
         return max(spread, half, 0.05)
-    return max(spread, half, FLOOR_MEMBERSHIP if name.startswith("membership/") else FLOOR)
+    if name.startswith(ERRORS):
+        return max(spread, half, FLOOR * (finite(detail.get("scale")) or 1.0))
+    return max(spread, half, FLOOR_MEMBERSHIP if name.startswith(MEMBERSHIP) else FLOOR)
 
 
 def row_verdict(row: Mapping[str, Any]) -> Judgement:
@@ -209,13 +217,18 @@ def decisive(row: Mapping[str, Any]) -> list[str]:
         row: a row of a comparison.
 
     Returns:
-        The accuracies, and the first membership AUC that has a value. The other scores look at the
+        The accuracies or mean errors, and the first membership AUC that has a value. Others look at the
         same outputs again; to let each of them fail a method would be one test in many disguises.
     """
     findings = row["findings"]
-    named = (f"membership/auc-{score}" for score in SCORES)
+    named = (*(f"membership/auc-{score}" for score in SCORES), "residual-membership/auc")
     auc = next((n for n in named if finite(findings.get(n, {}).get("value")) is not None), None)
-    return [n for n in findings if n.startswith("accuracy/")] + ([auc] if auc else [])
+    whole = [n for n in findings if n.startswith(DECISIVE) and "@" not in n]  # strata are parts
+    return whole + ([auc] if auc else [])
+
+
+DECISIVE = ("accuracy/", ERRORS + "mae-")
+"""Beginnings of the findings on which a verdict rests, beside the membership AUC."""
 
 
 SCORES = ("loss", "confidence", "modified-entropy", "entropy", "correctness")
@@ -229,15 +242,22 @@ def closer(row: Mapping[str, Any]) -> list[str]:
         row: a row of a comparison.
 
     Returns:
-        Names of membership, divergence and prediction-matrix findings that are not as in a
+        Names of findings on memberships, distances of outputs and relearning that are not as in a
         retrained model. Divergences come as JS and KL of the same predictions; JS speaks.
     """
     own = decisive(row)
-    families = ("membership/", "divergence/js-", "prediction-matrix/")
+    families = (
+        *MEMBERSHIP,
+        "divergence/js-",
+        "prediction-matrix/",
+        "wasserstein/",
+        "relearn-time/ain",
+    )
     return [
         n
         for n, f in row["findings"].items()
         if n.startswith(families)
+        and "@" not in n
         and n not in own
         and judge(n, f).state in ("short", "overshoot", "worse")
     ]
@@ -282,9 +302,9 @@ def _toward(name: str, finding: Mapping[str, Any], value: float, reference: floa
     if abs(gap) <= allowed + _SLACK:
         return Judgement("matches", f"as in a retrained model ({numbers})")
     if kept(name):
-        if gap > 0:
+        if (gap < 0) if name.startswith(ERRORS) else (gap > 0):
             return Judgement("matches", f"no worse than a retrained model ({numbers})")
-        if name.startswith("accuracy/"):
+        if name.startswith(("accuracy/", ERRORS)):
             return Judgement("lost", f"utility on what was to be kept is lost ({numbers})")
         return Judgement("worse", f"kept data is treated otherwise than by retraining ({numbers})")
     original = finite(detail.get("original_auc") if signed else finding.get("original"))
@@ -305,7 +325,8 @@ def _toward(name: str, finding: Mapping[str, Any], value: float, reference: floa
 
 def _side(name: str, signed: bool, toward: float | None, allowed: float) -> int:
     """Where memory lies from the reference: +1 above, −1 below, 0 unknown."""
-    folded = name.startswith(("membership/auc-", "membership/attack")) and not signed
+    aucs = ("membership/auc-", "membership/attack", "residual-membership/auc")
+    folded = name.startswith(aucs) and not signed
     if folded:
         return 0
     if toward is not None and abs(toward) > allowed:
@@ -313,6 +334,8 @@ def _side(name: str, signed: bool, toward: float | None, allowed: float) -> int:
     # the original is where the reference is: what the number means tells the side
     if signed or name.startswith(("accuracy/", "cka/original")):
         return 1
-    if name.startswith("membership/efficacy"):
+    if name.startswith(("membership/efficacy", ERRORS, "relearn-time/")):
         return -1
+    if name == "residual-membership/svc":
+        return 1
     return 0 if toward is None or toward == 0 else (1 if toward > 0 else -1)

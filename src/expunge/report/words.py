@@ -118,6 +118,12 @@ def _before(comparison: Mapping[str, Any]) -> str:
             return f"The original is right on {value:.1%} of {what}, retrained models on {reference:.1%}: that is the aim, no less and no more."
         if value is not None:
             return f"The original is right on {value:.1%} of {what}."
+        finding = findings.get(f"regression-error/mae-forget-{split}") or {}
+        value, reference = finite(finding.get("value")), finite(finding.get("reference"))
+        if value is not None and reference is not None:
+            return f"The original is off by {value:.3g} on average on {what}, retrained models by {reference:.3g}: that is the aim, no less and no more."
+        if value is not None:
+            return f"The original is off by {value:.3g} on average on {what}."
     return ""
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch import Tensor
+
 from expunge import __version__
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.errors import StoreError
@@ -28,9 +30,14 @@ from expunge.core.outcome import CHANGES, Cost, Outcome
 from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
+from expunge.core.strata import Strata
 from expunge.fleet.references import FIRST_SEED, Reference, reference, reference_key
 from expunge.store import Run, Store
+from expunge.train.prune import Pruning, prune, recipe_of, with_mask
 from expunge.workloads import registry as workloads
+
+_MASK = "pruning mask of "
+"""Before the names of the masks that are kept beside a pruned original's weights."""
 
 OnJob = Callable[[str, str, bool, str], None]
 
@@ -73,6 +80,44 @@ class Bench:
         self._on_job(f"{name}: original", key, False, run)
         return problem
 
+    def pruned(self, problem: Problem, how: str | Pruning, seed: int | None = None) -> Problem:
+        """Prune a problem, or take the stored result of the same pruning.
+
+        Args:
+            problem: a dense problem with a recipe.
+            how: see `expunge.train.prune.prune`.
+            seed: of the training; the original's where the problem knows it, else 0.
+
+        Returns:
+            The pruned problem; its original is the pruned model.
+        """
+        pruning = Pruning.parse(how) if isinstance(how, str) else how
+        if seed is None:
+            seed = int(problem.source.get("seed", 0))
+        settings = pruning.in_force()
+        key = content_key(
+            ["pruned", __version__, recipe_of(problem).key(), problem.train.fingerprint(), settings, seed, self.runtime.device]
+        )  # fmt: skip
+        found = self.store.find("original", key)
+        label = f"{problem.name}: {pruning}"
+        if found is not None:
+            tensors = self.store.tensors(found)
+            masks = {n.removeprefix(_MASK): t for n, t in tensors.items() if n.startswith(_MASK)}
+            model = copy.deepcopy(problem.model)
+            model.load_state_dict({n: t for n, t in tensors.items() if not n.startswith(_MASK)})
+            sparse = with_mask(problem, pruning, model, masks, seed)
+            self._originals[sparse.model_hash()] = found.id
+            self._on_job(label, key, True, found.id)
+            return sparse
+        runtime = replace(self.runtime, seed=seed, checkpoint=None)
+        with runtime.metered() as cost:
+            sparse = prune(problem, pruning, runtime=runtime)
+        assert sparse.kept is not None
+        masks = {_MASK + n: m for n, m in sparse.kept.items()}
+        run = self._put_original(sparse, key, settings, cost, runtime, masks)
+        self._on_job(label, key, False, run)
+        return sparse
+
     def original(self, problem: Problem) -> str:
         """Return the run id of a problem's original model, recording it if it is new."""
         if problem.model_hash() not in self._originals:
@@ -81,7 +126,13 @@ class Bench:
         return self._originals[problem.model_hash()]
 
     def _put_original(
-        self, problem: Problem, key: str, recipe: Mapping[str, Any], cost: Cost, runtime: Runtime
+        self,
+        problem: Problem,
+        key: str,
+        recipe: Mapping[str, Any],
+        cost: Cost,
+        runtime: Runtime,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> str:
         record = {
             "problem": problem.name,
@@ -94,7 +145,7 @@ class Bench:
             "cost": asdict(cost),
         }
         # A model that was given, not trained here, stays where its owner keeps it.
-        tensors = problem.model.state_dict() if recipe else None
+        tensors = {**problem.model.state_dict(), **(masks or {})} if recipe else None
         run = self.store.put_run(kind="original", key=key, record=record, tensors=tensors)
         self._originals[problem.model_hash()] = run
         return run
@@ -197,11 +248,12 @@ class Bench:
         run: str,
         references: Sequence[tuple[Reference, Subject]],
         audits: str | Sequence[str | Audit],
+        strata: Strata | None = None,
     ) -> list[Finding]:
         """Audit a subject against references, or take the stored findings of the same audit."""
         from expunge.audits.run import audit_list, run_audits  # scikit-learn is slow to import
 
-        chosen = audit_list(audits)
+        chosen = audit_list(audits, subject.problem)
         key = content_key([
             "audit",
             __version__,
@@ -212,6 +264,7 @@ class Bench:
             [hash_model(s.model) for _, s in references],
             # a cost is a fact of the run, not of the weights
             run,
+            *([] if strata is None else [strata.key()]),
         ])
         found = self.store.find("audit", key)
         label = f"{subject.problem.name}: audit of {run[-6:]}"
@@ -219,7 +272,7 @@ class Bench:
             self._on_job(label, key, True, found.id)
             return self.store.findings(found.id)
         runtime = replace(self.runtime, seed=0)
-        findings = run_audits(subject, [s for _, s in references], chosen, runtime)
+        findings = run_audits(subject, [s for _, s in references], chosen, runtime, strata)
         stored = self.store.put_findings(
             run, findings, key=key, parents=[r.run for r, _ in references]
         )

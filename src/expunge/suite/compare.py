@@ -18,6 +18,7 @@ from expunge.core.outcome import Cost, Outcome
 from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
+from expunge.core.strata import Strata
 from expunge.fleet.references import Reference
 from expunge.methods import registry as methods
 from expunge.store import Store
@@ -84,6 +85,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     references: int = 3,
     audits: str | Sequence[str | Audit] = "standard",
+    strata: Any = None,
     store: Store | None = None,
     runtime: Runtime | None = None,
     bench: Bench | None = None,
@@ -99,6 +101,8 @@ def compare(
         seeds: one run of each method a seed.
         references: retrained models to compare with, each with another seed.
         audits: a suite's name or a list.
+        strata: a `Difficulty`, or ids by name of the part: what has per-sample values is also
+            measured on each part, as `audit/what@part`. Verdicts rest on the whole.
         store: where results are kept and looked up; a temporary one by default.
         runtime: device, threads, progress.
         bench: used instead of `store` and `runtime` by callers that have one.
@@ -115,6 +119,7 @@ def compare(
     for method, _ in made:
         method.needs.check(method.name, problem)
     splits = problem.split(request)
+    parts = None if strata is None else Strata.of(strata)
 
     jobs = references * (problem.recipe is not None) + 2 + 2 * len(made) * len(seeds)
     rows: list[dict[str, Any]] = []
@@ -128,7 +133,7 @@ def compare(
             task.advance()
         original = Subject(problem.model, problem, request, runtime)
         run = bench.original(problem)
-        findings = bench.audit(original, run, trained, audits)
+        findings = bench.audit(original, run, trained, audits, parts)
         rows.append(_row("original", 0, run, None, findings, trained))
         task.advance()
         if trained:
@@ -138,7 +143,7 @@ def compare(
                 first.seed,
                 first.run,
                 None,
-                bench.audit(subject, first.run, others, audits),
+                bench.audit(subject, first.run, others, audits, parts),
                 trained,
             )
             rows.append(row | {"seconds": first.seconds, "cost_ratio": 1.0, "guarantee": "exact"})
@@ -149,7 +154,7 @@ def compare(
             released = Subject(
                 outcome.released(), problem, request, runtime, seconds=outcome.cost.seconds, outcome=outcome
             )  # fmt: skip
-            findings = bench.audit(released, run, trained, audits)
+            findings = bench.audit(released, run, trained, audits, parts)
             rows.append(_row(method.name, seed, run, outcome, findings, trained, method))
             task.advance()
     comparison = {
@@ -161,6 +166,8 @@ def compare(
         "references": [{"run": r.run, "seed": r.seed, "seconds": r.seconds} for r, _ in trained],
         "rows": rows,
     }
+    if parts is not None:
+        comparison["strata"] = parts.describe(splits["forget-train"])
     return Comparison({
         "expunge": __version__,
         "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -182,6 +189,7 @@ def audit(
     audits: str | Sequence[str | Audit] = "standard",
     *,
     references: int | Sequence[Reference] = 3,
+    strata: Any = None,
     store: Store | None = None,
     runtime: Runtime | None = None,
     run: str | None = None,
@@ -192,6 +200,7 @@ def audit(
         outcome: from `unlearn`; its change is written, read back and applied to the original.
         audits: a suite's name or a list.
         references: how many to retrain, or ready ones.
+        strata: a `Difficulty`, or ids by name of the part; see `compare`.
         store: where references are kept and looked up; a temporary one by default.
         runtime: device, threads, progress.
         run: the outcome's run in the store, which the findings are filed under.
@@ -205,6 +214,7 @@ def audit(
     if outcome.problem is None or outcome.request is None:
         raise UserError("set outcome.problem and outcome.request before auditing a loaded outcome")
     problem, request = outcome.problem, outcome.request
+    parts = None if strata is None else Strata.of(strata)
     bench = Bench(store or Store.temporary(), runtime or Runtime())
     ready = (
         list(bench.references(problem, request, references))
@@ -219,7 +229,7 @@ def audit(
     )  # fmt: skip
     if run is None:
         run = bench.put_outcome(outcome, content_key(["outcome", outcome.record]))
-    return bench.audit(subject, run, subjects, audits)
+    return bench.audit(subject, run, subjects, audits, parts)
 
 
 def _row(

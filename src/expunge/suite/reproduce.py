@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from expunge.core.errors import StoreError
 from expunge.core.hashing import hash_model
 from expunge.core.method import package_versions, unlearn
@@ -15,6 +17,7 @@ from expunge.core.runtime import Runtime
 from expunge.methods import registry as methods
 from expunge.store import Run, Store
 from expunge.suite.bench import Bench
+from expunge.train.prune import Pruning, prune
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,18 @@ class Reproduction:
     differences: list[str]
 
 
-def problem_of(record: Mapping[str, Any], bench: Bench) -> Problem:
+def problem_of(record: Mapping[str, Any], bench: Bench, recipe: Recipe | None = None) -> Problem:
     """Build the problem of a record again.
+
+    Args:
+        record: of the run.
+        bench: finds what is stored.
+        recipe: how the model was trained, where the record's problem does not know it.
 
     Raises:
         StoreError: the record does not say how, or the data or weights have changed since.
     """
-    source = record.get("source") or {}
-    maker = SOURCES.get(str(source.get("kind")))
-    if maker is None:
-        raise StoreError(
-            "this run's problem was made in Python and cannot be rebuilt from its record"
-        )
-    problem = maker(source, bench)
+    problem = _made(record.get("source") or {}, bench, recipe)
     now, then = problem.fingerprint(), record["fingerprint"]
     changed = [name for name in then if then[name] != now.get(name)]
     if changed:
@@ -81,8 +83,7 @@ def reproduce(
     was = record["runtime"]
     here = replace(runtime, seed=was["seed"], threads=was["threads"], precision=was["precision"])
     bench = Bench(store, here)
-    problem = problem_of(record, bench)
-    problem.recipe = recipe or problem.recipe
+    problem = problem_of(record, bench, recipe)
     if run.kind == "unlearn":
         method = methods.get(_method_path(record)).create(record["method"]["in_force"])
         outcome = unlearn(problem, Request.from_dict(record["request"]), method, runtime=here)
@@ -95,7 +96,8 @@ def reproduce(
             keep = problem.train.without(
                 Request.from_dict(record["request"]).resolve(problem.train)
             )
-        repeated = hash_model(run_recipe(problem.recipe, keep, was["seed"], here))
+        again = prune_again(problem, bench, recipe) if run.kind == "original" else None
+        repeated = hash_model(again or run_recipe(problem.recipe, keep, was["seed"], here))
     then, now = record["packages"], package_versions()
     differences = [
         f"{name} {then.get(name, 'absent')} → {now.get(name, 'absent')}"
@@ -111,17 +113,46 @@ def _method_path(record: Mapping[str, Any]) -> str:
     return name if name in set(methods) else str(record["method"]["class"])
 
 
-def _from_workload(source: Mapping[str, Any], bench: Bench) -> Problem:
-    return bench.workload(str(source["workload"]), int(source["seed"]))
+def prune_again(problem: Problem, bench: Bench, recipe: Recipe | None) -> nn.Module | None:
+    """Prune anew what a pruned problem was made from; None if it is dense."""
+    source = problem.source
+    if source.get("kind") != "pruned":
+        return None
+    dense = _made(source["of"], bench, recipe)
+    runtime = replace(bench.runtime, seed=int(source["prune_seed"]))
+    return prune(dense, Pruning.create(source["pruning"]), runtime=runtime).model
 
 
-def _from_disk(source: Mapping[str, Any], bench: Bench) -> Problem:
+def _made(source: Mapping[str, Any], bench: Bench, recipe: Recipe | None) -> Problem:
+    maker = SOURCES.get(str(source.get("kind")))
+    if maker is None:
+        raise StoreError(
+            "this run's problem was made in Python and cannot be rebuilt from its record"
+        )
+    return maker(source, bench, recipe)
+
+
+def _from_workload(source: Mapping[str, Any], bench: Bench, recipe: Recipe | None) -> Problem:
+    problem = bench.workload(str(source["workload"]), int(source["seed"]))
+    problem.recipe = recipe or problem.recipe
+    return problem
+
+
+def _from_pruned(source: Mapping[str, Any], bench: Bench, recipe: Recipe | None) -> Problem:
+    dense = _made(source["of"], bench, recipe)
+    return bench.pruned(dense, Pruning.create(source["pruning"]), int(source["prune_seed"]))
+
+
+def _from_disk(source: Mapping[str, Any], bench: Bench, recipe: Recipe | None) -> Problem:
     from expunge.problems.data_on_disk import problem_from_disk
 
-    return problem_from_disk(str(source["model"]), str(source["data"]), test=source.get("test"))
+    problem = problem_from_disk(str(source["model"]), str(source["data"]), test=source.get("test"))
+    problem.recipe = recipe or problem.recipe
+    return problem
 
 
-SOURCES: dict[str, Callable[[Mapping[str, Any], Bench], Problem]] = {
+SOURCES: dict[str, Callable[[Mapping[str, Any], Bench, Recipe | None], Problem]] = {
+    "pruned": _from_pruned,
     "workload": _from_workload,
     "disk": _from_disk,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,9 @@ from expunge.core.errors import NeedsError, SettingError
 from expunge.core.hashing import hash_tensors
 from expunge.core.runtime import Runtime
 from expunge.train.checkpoints import Checkpoints
-from expunge.train.masks import Mask
+from expunge.train.masks import Mask, within_pruned
 from expunge.train.norm import NormMode, norm_layers, train_mode
-from expunge.train.steps import StepName, make_optimizer
+from expunge.train.steps import StepName, Turns, make_optimizer
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Pass = Iterable[tuple[Loss, Any]]
@@ -52,6 +52,7 @@ def fit(
     runtime: Runtime,
     epochs: int,
     lr: float,
+    turns: Sequence[float] = (),
     step: StepName = "sgd",
     momentum: float = 0.0,
     weight_decay: float = 0.0,
@@ -61,19 +62,22 @@ def fit(
     mask: Mask | None = None,
     norm: NormMode = "train",
     stop: Callable[[float], str | None] = lambda loss: None,
-    snapshots: bool = False,
+    snapshots: bool | Collection[int] = False,
     every: int = 10,
     stage: str = "fit",
 ) -> Fit:
     """Train `model` in place.
 
     Args:
-        model: the model; only parameters with a True in the mask move.
+        model: the model; only parameters with a True in the mask move, and what was pruned stays
+            zero.
         passes: `passes(epoch)` yields pairs of a loss `(model, batch) -> scalar` and a batch (or a
             tuple of batches). It must give the same sequence whenever it is called for an epoch.
         runtime: device, processes, seeds, budget, checkpoints, progress.
         epochs: number of passes.
         lr: learning rate, multiplied by `schedule(epoch)`.
+        turns: learning rates, in place of `lr`, of as many optimisers that step in turn, each with
+            its own state.
         step: optimiser.
         momentum: SGD momentum.
         weight_decay: L2 coefficient.
@@ -84,7 +88,7 @@ def fit(
         mask: hard mask; None lets all move.
         norm: what running statistics do (see `norm.py`).
         stop: looks at each loss and says why to stop, or None.
-        snapshots: keep the weights after each epoch.
+        snapshots: keep the weights after each epoch, or after these (counted from 1).
         every: steps between two points of the curve.
         stage: name of this training in checkpoints and progress.
 
@@ -97,6 +101,7 @@ def fit(
     """
     parameters = dict(model.named_parameters())
     trainable = {n: p.requires_grad for n, p in parameters.items()}
+    mask = within_pruned(mask, model)
     if mask is not None:
         mask = {n: mask[n].to(p.device) for n, p in parameters.items()}
         for name, p in parameters.items():
@@ -107,12 +112,15 @@ def fit(
     settings = {
         "epochs": epochs, "lr": lr, "step": step, "momentum": momentum, "norm": norm,
         "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate,
-        "mask": None if mask is None else hash_tensors(mask),
+        "mask": None if mask is None else hash_tensors(mask), "turns": list(turns),
     }  # fmt: skip
     frozen_values = {n: p.detach().clone() for n, p in moving.items()} if mask is not None else {}
-    optimizer = make_optimizer(
-        step, moving.values(), lr=lr, momentum=momentum, weight_decay=weight_decay
-    )
+    rates = tuple(turns) or (lr,)
+    optimizers = [
+        make_optimizer(step, moving.values(), lr=r, momentum=momentum, weight_decay=weight_decay)
+        for r in rates
+    ]
+    optimizer = Turns(optimizers) if turns else optimizers[0]
     result = Fit()
     keeper = Checkpoints(runtime, stage, model, optimizer, result, settings)
     first_epoch, skip = keeper.restore()
@@ -130,8 +138,9 @@ def fit(
         task.advance(first_epoch)
         for epoch in range(first_epoch, epochs):
             train_mode(model, norm)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(epoch)
+            for one, rate in zip(optimizers, rates, strict=True):
+                for group in one.param_groups:
+                    group["lr"] = rate * schedule(epoch)
             micro = 0
             optimizer.zero_grad(set_to_none=True)
             keeper.begin()
@@ -169,18 +178,18 @@ def fit(
                 prepared.step()
                 prepared.zero_grad(set_to_none=True)
                 if mask is not None:
-                    _restore(moving, mask, frozen_values, optimizer)
+                    _restore(moving, mask, frozen_values, optimizers)
                 result.steps += 1
                 if result.steps % every == 1 or every == 1:
                     result.curve.append({
                         "step": result.steps,
                         "epoch": epoch,
                         "loss": value,
-                        "lr": lr * schedule(epoch),
+                        "lr": rates[(result.steps - 1) % len(rates)] * schedule(epoch),
                     })
                 keeper.maybe_save(epoch, index + 1)
             skip = 0
-            if snapshots:
+            if snapshots is True or (snapshots and epoch + 1 in snapshots):
                 result.snapshots.append(_copy(model))
             task.advance()
             if result.stopped:
@@ -268,11 +277,11 @@ def _restore(
     moving: dict[str, nn.Parameter],
     mask: Mask,
     values: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     """Undo what weight decay and momentum did to frozen coordinates, and forget their momentum."""
     for name, p in moving.items():
         p.copy_(torch.where(mask[name], p, values[name]))
-        for state in optimizer.state.get(p, {}).values():
+        for state in (s for one in optimizers for s in one.state.get(p, {}).values()):
             if isinstance(state, Tensor) and state.shape == p.shape:
                 state.mul_(mask[name])

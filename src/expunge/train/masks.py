@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import SettingError
+from expunge.core.pruned import kept_of
 from expunge.core.runtime import Runtime
 from expunge.core.view import View
 
@@ -41,12 +42,18 @@ def resolve_mask(spec: str, model: nn.Module, view: View, runtime: Runtime) -> M
     kind, argument = parse(spec)
     if kind == "full":
         return None
-    if kind == "last":
-        layers = [n for n, m in model.named_modules() if isinstance(m, _WEIGHTED)]
-        return only(model, layers[-int(argument) :])
-    if kind == "role":
-        return only(model, view.role(argument))
+    if kind in ("last", "role"):
+        return only(model, layers_of(spec, model, view))
     return saliency(model, view, runtime, share=float(argument))
+
+
+def layers_of(spec: str, model: nn.Module, view: View) -> list[str]:
+    """Names of the modules that `last(K)` or `role(NAME)` speaks of."""
+    kind, argument = parse(spec)
+    if kind == "role":
+        return view.role(argument)
+    found = [n for n, m in model.named_modules() if isinstance(m, _WEIGHTED)]
+    return found[-int(argument) :]
 
 
 def parse(spec: str) -> tuple[str, str]:
@@ -68,6 +75,16 @@ def parse(spec: str) -> tuple[str, str]:
     if bad:
         raise SettingError(f"train={spec!r}: K is a count from 1, Q a share above 0 and at most 1")
     return kind, argument
+
+
+def within_pruned(mask: Mask | None, model: nn.Module) -> Mask | None:
+    """Intersect a mask with the one the model was pruned to; None lets everything move."""
+    kept = kept_of(model)
+    if kept is None:
+        return mask
+    if mask is None:
+        mask = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+    return {n: m & kept[n].to(m.device) if n in kept else m for n, m in mask.items()}
 
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,21 @@ from torch.nn.functional import cross_entropy
 from expunge.core.data import Batch, Data
 from expunge.core.errors import ExpungeError
 from expunge.core.hashing import content_key
+from expunge.core.pruned import keep_only
 from expunge.core.runtime import Runtime
 from expunge.core.view import Source
 from expunge.train.fit import Pass, fit
+from expunge.train.losses import one_a_sample, regression_each
 from expunge.train.method import cosine
+from expunge.train.restriction import RestrictionNorm, restricted
 from expunge.train.steps import StepName
+
+Watch = Callable[[Batch, Any], None]
 
 
 @dataclass(frozen=True)
-class ClassifierRecipe:
-    """Train a classifier from a fresh initialisation on the samples to keep.
+class SupervisedRecipe:
+    """Train from a fresh initialisation on the samples to keep; a subclass says on which loss.
 
     Every module is rebuilt by `build()` under the new seed: nothing of an earlier model survives.
     The learning rate follows half a cosine over the epochs.
@@ -38,6 +44,8 @@ class ClassifierRecipe:
         weight_decay: L2 coefficient.
         step: optimiser.
         threads: torch threads while training; part of the recipe because results depend on it.
+        restriction: weight α of the gradient's norm in the loss; 0 trains plainly.
+        restriction_norm: one norm a parameter tensor, or one over all of them.
     """
 
     build: Callable[[], nn.Module]
@@ -49,6 +57,12 @@ class ClassifierRecipe:
     weight_decay: float = 5e-4
     step: StepName = "sgd"
     threads: int = 1
+    restriction: float = 0.0
+    restriction_norm: RestrictionNorm = "per_tensor"
+
+    def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss [B] of each sample of a batch with labels."""
+        raise NotImplementedError
 
     def __call__(self, keep_ids: Tensor, seed: int, runtime: Runtime | None = None) -> nn.Module:
         """Train on `keep_ids` with a seed and return the model in eval mode.
@@ -60,6 +74,46 @@ class ClassifierRecipe:
 
         Returns:
             The trained model.
+        """
+        return self.train(keep_ids, seed, runtime)[0]
+
+    def initial(self, seed: int) -> nn.Module:
+        """Return the untrained model that a training with this seed starts from."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(Runtime(seed=seed).seed_for("build"))
+            return self.build()
+
+    def train(
+        self,
+        keep_ids: Tensor,
+        seed: int,
+        runtime: Runtime | None = None,
+        *,
+        kept: Mapping[str, Tensor] | None = None,
+        start: Mapping[str, Tensor] | None = None,
+        first: int = 0,
+        last: int | None = None,
+        steps: int | None = None,
+        snapshots: Collection[int] = (),
+        watch: Watch | None = None,
+    ) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+        """Train as `__call__` does, under a mask or from an epoch on.
+
+        Args:
+            keep_ids: stable ids of the samples to train on.
+            seed: of initialisation and of batch order.
+            runtime: device and progress; its seed is not used.
+            kept: pruning mask by parameter name; the initialisation is pruned and stays so.
+            start: weights to start from instead of the initialisation.
+            first: epoch to start at; order of the data and learning rates are that epoch's.
+            last: epoch to end before; learning rates are those of the whole training.
+            steps: batches an epoch; the samples start anew, in a new order, when they are used up.
+                None is one pass.
+            snapshots: epochs (counted from 1) after which the weights are kept.
+            watch: sees each batch with what the network put out for it, before its step.
+
+        Returns:
+            The trained model in eval mode, and the weights asked for.
 
         Raises:
             ExpungeError: the training did not run to its end.
@@ -76,31 +130,49 @@ class ClassifierRecipe:
         source = Source(self.data, keep_ids, True, inner)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            assert batch.y is not None
-            return batch.mean(cross_entropy(model(batch.x), batch.y, reduction="none"))
+            if watch is None:
+                return batch.mean(self.each_loss(model, batch))
+            hook = model.register_forward_hook(lambda _module, _given, out: watch(batch, out))
+            try:
+                return batch.mean(self.each_loss(model, batch))
+            finally:
+                hook.remove()
+
+        whole = restricted(loss, self.restriction, self.restriction_norm)
 
         def passes(epoch: int) -> Pass:
-            for batch in source.batches(self.batch_size, inner.generator("recipe", epoch)):
-                yield loss, batch
+            one = -(-len(source) // self.batch_size)  # batches of one pass over the samples
+            wanted, done = steps or one, 0
+            while done < wanted:
+                number, skip = divmod((epoch + first) * wanted + done, one)
+                order = source.batches(self.batch_size, inner.generator("recipe", number))
+                for batch in itertools.islice(order, skip, skip + wanted - done):
+                    yield whole, batch
+                    done += 1
 
         with inner.metered():
             inner.seed_everything("build")
             model = self.build().to(inner.device)
+            if start is not None:
+                model.load_state_dict(dict(start))
+            if kept is not None:
+                keep_only(model, kept)
             result = fit(
                 model,
                 passes,
                 runtime=inner,
-                epochs=self.epochs,
+                epochs=(self.epochs if last is None else last) - first,
                 lr=self.lr,
                 step=self.step,
                 momentum=self.momentum,
                 weight_decay=self.weight_decay,
-                schedule=lambda epoch: cosine(epoch, self.epochs),
+                schedule=lambda epoch: cosine(epoch + first, self.epochs),
+                snapshots=[epoch - first for epoch in snapshots],
                 stage="train",
             )
         if result.stopped:  # half a training is no reference
             raise ExpungeError(f"training from the recipe stopped: {result.stopped}")
-        return model.cpu()
+        return model.cpu(), result.snapshots
 
     def settings(self) -> dict[str, Any]:
         """What a record keeps of the recipe."""
@@ -109,7 +181,10 @@ class ClassifierRecipe:
         while isinstance(build, functools.partial):
             build = build.func
         name = getattr(build, "__qualname__", type(build).__qualname__)
-        return {"build": f"{build.__module__}.{name}"} | {k: getattr(self, k) for k in kept}
+        settings = {"build": f"{build.__module__}.{name}"} | {k: getattr(self, k) for k in kept}
+        if self.restriction:  # a plain training keeps the key it always had
+            settings |= {k: getattr(self, k) for k in ("restriction", "restriction_norm")}
+        return settings
 
     def key(self) -> str:
         """Content key: settings, the network's layout and the data's hash."""
@@ -119,3 +194,34 @@ class ClassifierRecipe:
             model = self.build()
         shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         return content_key([self.settings(), str(model), shapes, self.data.fingerprint()])
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe(SupervisedRecipe):
+    """Train a classifier on the cross-entropy; see `SupervisedRecipe` for the settings."""
+
+    def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy [B], in nats."""
+        assert batch.y is not None
+        return cross_entropy(model(batch.x), batch.y, reduction="none")
+
+
+@dataclass(frozen=True)
+class RegressorRecipe(SupervisedRecipe):
+    """Train a regressor on a loss of `Regression`; see `SupervisedRecipe` for the settings.
+
+    Attributes:
+        loss: `l1`, `mse` or `quantile(q)`.
+    """
+
+    loss: str = "l1"
+
+    def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The regression loss [B]."""
+        assert batch.y is not None
+        prediction = one_a_sample(model(batch.x), len(batch))
+        return regression_each(prediction, batch.y, self.loss)
+
+    def settings(self) -> dict[str, Any]:
+        """What a record keeps of the recipe."""
+        return super().settings() | {"loss": self.loss}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -39,3 +39,40 @@ def make_optimizer(
         )
     kind = torch.optim.Adam if step == "adam" else torch.optim.AdamW
     return kind(parameters, lr=lr, weight_decay=weight_decay, foreach=False)
+
+
+class Turns(torch.optim.Optimizer):
+    """Optimisers over the same parameters that step in turn, each with a state of its own."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Begin with the first; the base class would refuse parameters that come twice."""
+        self.optimizers = list(optimizers)
+        self.turn = 0
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Groups of all of them."""
+        return [group for one in self.optimizers for group in one.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Let the one whose turn it is step."""
+        self.optimizers[self.turn].step(closure)
+        self.turn = (self.turn + 1) % len(self.optimizers)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, which they share."""
+        self.optimizers[0].zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of all of them and whose turn it is."""
+        return {"turn": self.turn, "states": [one.state_dict() for one in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.turn = state_dict["turn"]
+        for one, state in zip(self.optimizers, state_dict["states"], strict=True):
+            one.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        """Name them."""
+        return f"Turns({self.optimizers})"

@@ -11,6 +11,9 @@ registry = Registry(
         "mnist-class": "expunge.workloads.mnist:mnist_class",
         "mnist-random": "expunge.workloads.mnist:mnist_random",
         "mnist-mislabelled": "expunge.workloads.mislabelled:mnist_mislabelled",
+        "diabetes-range": "expunge.workloads.diabetes:diabetes_range",
+        "digits-range": "expunge.workloads.digits_range:digits_range",
+        "movielens-rating": "expunge.workloads.movielens:movielens_rating",
     },
     group="expunge.workloads",
 )

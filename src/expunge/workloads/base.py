@@ -10,10 +10,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from expunge.core.data import Data
+from expunge.core.errors import ModelError
+from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.problems.classification import Classification
-from expunge.train.recipe import ClassifierRecipe
+from expunge.train.recipe import SupervisedRecipe
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,18 @@ class Workload:
         tuned: settings per method, found on `tuning`, never on `request`.
         tuning: how and on which other request they were found.
         package: what has to be installed, as a pip requirement.
+        of: makes the problem of a model and its data; takes the keyword arguments of `Problem`.
     """
 
     name: str
     title: str
     data: Callable[[], Splits]
-    recipe: Callable[[Data], ClassifierRecipe]
+    recipe: Callable[[Data], SupervisedRecipe]
     request: Request
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tuning: str = ""
     package: str = "expunge"
+    of: Callable[..., Problem] = Classification
 
     def problem(
         self,
@@ -55,7 +59,7 @@ class Workload:
         *,
         weights: Mapping[str, Tensor] | None = None,
         runtime: Runtime | None = None,
-    ) -> Classification:
+    ) -> Problem:
         """Build the problem with its original model.
 
         Args:
@@ -74,7 +78,7 @@ class Workload:
         else:
             model = recipe.build()
             model.load_state_dict(dict(weights))
-        return Classification(
+        return self.of(
             model,
             splits.train,
             splits.test,
@@ -124,3 +128,19 @@ def original_of(source: Mapping[str, Any]) -> nn.Module:
     from expunge.workloads import registry
 
     return registry.get(source["workload"]).problem(int(source["seed"])).model
+
+
+def pruned_original_of(source: Mapping[str, Any]) -> nn.Module:
+    """Train and prune the original of a record's `source` of kind `pruned` again.
+
+    Raises:
+        ModelError: it was pruned from something else than a bundled workload.
+    """
+    from expunge.train.prune import Pruning, prune
+    from expunge.workloads import registry
+
+    dense, seed = source["of"], int(source["prune_seed"])
+    if dense.get("kind") != "workload":
+        raise ModelError("this model was pruned; pass the pruned original as model=")
+    problem = registry.get(dense["workload"]).problem(int(dense["seed"]))
+    return prune(problem, Pruning.create(source["pruning"]), runtime=Runtime(seed=seed)).model

@@ -73,6 +73,11 @@ mnist_class = Workload(
     request=Request(label=(3,)),
     tuned={
         "finetune": {"epochs": 4, "lr": 0.05},
+        "concept-poison": {"epochs": 3},
+        "l1-sparse": {"epochs": 4, "lr": 0.1, "gamma": 2e-3},
+        "influence": {"damping": 0.06},
+        "fisher-forgetting": {"alpha": 1e-7, "samples": 300},
+        "iau": {"lr": 0.0018},
         "gradient-ascent": {"epochs": 5, "lr": 3e-4},
         "neggrad-plus": {"epochs": 4, "lr": 0.02},
         "random-label": SEQUENTIAL,
@@ -98,6 +103,9 @@ mnist_random = Workload(
     request=Request(fraction=0.1, seed=3),
     tuned={
         "finetune": {"epochs": 4, "lr": 0.05},
+        "l1-sparse": {"epochs": 4, "lr": 0.05, "gamma": 1e-3},
+        "influence": {"damping": 0.008},
+        "fisher-forgetting": {"alpha": 2e-7, "samples": 300},
         "gradient-ascent": {"epochs": 5, "lr": 1e-4},
         "neggrad-plus": {"epochs": 4, "lr": 0.02},
         "random-label": {"epochs": 4, "lr": 0.03, "order": "joint"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, relu
 
@@ -59,4 +62,70 @@ def digits_mlp() -> nn.Module:
     """Build the perceptron of the digits workload: 64-128-64-10."""
     return nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+
+
+class DigitsCNN(nn.Module):
+    """Two convolutions and two linear layers for 8×8 images; 64 features before the last one."""
+
+    def __init__(self, classes: int = 10) -> None:
+        """Build it untrained (38,282 weights)."""
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, 2, padding=1)
+        self.hidden = nn.Linear(32 * 16, 64)
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [B, 1, 8, 8] to logits [B, classes]."""
+        x = relu(self.conv2(relu(self.conv1(x)))).flatten(1)
+        return self.head(relu(self.hidden(x)))
+
+
+class ConvRegressor(nn.Module):
+    """Blocks of convolution, batch norm and ReLU, a global average, and one linear output."""
+
+    def __init__(self, channels: tuple[int, ...] = (16, 32, 32, 32)) -> None:
+        """Build it untrained; every other block halves the image."""
+        super().__init__()
+        sizes = [1, *channels]
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(i, o, 3, 1 + n % 2, 1, bias=False),
+                nn.BatchNorm2d(o),
+                nn.ReLU(),
+            )
+            for n, (i, o) in enumerate(itertools.pairwise(sizes))
+        )
+        self.head = nn.Linear(sizes[-1], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [B, 1, H, W] to predictions [B, 1]."""
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Factorisation(nn.Module):
+    """A rating as a mean, a bias of user and of item, and the product of their factors."""
+
+    def __init__(self, users: int, items: int, factors: int = 16, mean: float = 3.5) -> None:
+        """Build it untrained, with factors of standard deviation 0.1."""
+        super().__init__()
+        self.user = nn.Embedding(users, factors + 1)
+        self.item = nn.Embedding(items, factors + 1)
+        self.mean = nn.Parameter(torch.tensor([mean]))
+        for table in (self.user, self.item):
+            nn.init.normal_(table.weight, std=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map pairs (user, item) [B, 2] to ratings [B]."""
+        user, item = self.user(x[:, 0]), self.item(x[:, 1])
+        return self.mean + user[:, -1] + item[:, -1] + (user[:, :-1] * item[:, :-1]).sum(1)
+
+
+def diabetes_mlp() -> nn.Module:
+    """Build the perceptron of the diabetes workload: 10-64-32-1."""
+    return nn.Sequential(
+        nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1)
     )

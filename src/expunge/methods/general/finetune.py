@@ -16,7 +16,7 @@ from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
-from expunge.train.fit import Pass
+from expunge.train.fit import Loss, Pass
 from expunge.train.method import Training
 
 
@@ -42,13 +42,19 @@ class FineTune(Training):
         salient = self.reads_forget_labels()
         return Needs(retain=True, forget=salient, labels="all" if salient else "retain")
 
-    def run(self, view: View, runtime: Runtime) -> Outcome:
-        """Train on the retain data."""
+    def objective(self, view: View, epoch: int) -> Loss:
+        """Loss of a retain batch in an epoch; variants add to it."""
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             return batch.mean(view.each_loss(model, batch))
 
+        return loss
+
+    def run(self, view: View, runtime: Runtime) -> Outcome:
+        """Train on the retain data."""
+
         def passes(epoch: int) -> Pass:
+            loss = self.objective(view, epoch)
             for batch in view.retain.batches(self.batch_size, runtime.generator("retain", epoch)):
                 yield loss, batch
 

@@ -6,7 +6,6 @@ class included, and minimises \(\mathrm{CE}(D_f, y') + \mathrm{CE}(D_r, y)\).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,6 +20,7 @@ from expunge.core.settings import setting
 from expunge.core.view import View
 from expunge.train.fit import Pass
 from expunge.train.method import Training
+from expunge.train.relabel import merged, relabelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,36 +57,23 @@ class RandomLabel(Training):
             return batch.mean(view.each_loss(model, batch))
 
         def passes(epoch: int) -> Pass:
-            ids, drawn = draw_labels(view, runtime, epoch)
-
-            def relabelled(batch: Batch) -> Batch:
-                places = torch.searchsorted(ids, batch.ids.cpu())
-                return batch.labelled(drawn[places].to(batch.ids.device))
-
+            ids, drawn = self.draw(view, runtime, epoch)
             if self.order == "joint":
-                yield from ((loss, b) for b in self._joint(view, runtime, epoch, relabelled))
+                order = runtime.generator("joint", epoch)
+                for batch in merged(view, self.batch_size, order, ids, drawn):
+                    yield loss, batch
                 return
             for batch in view.forget.batches(self.batch_size, runtime.generator("forget", epoch)):
-                yield loss, relabelled(batch)
+                yield loss, relabelled(batch, ids, drawn)
             for batch in view.retain.batches(self.batch_size, runtime.generator("retain", epoch)):
                 yield loss, batch
 
         outcome, _ = self.train_model(view.model(), passes, view, runtime)
         return outcome
 
-    def _joint(
-        self, view: View, runtime: Runtime, epoch: int, relabelled: Callable[[Batch], Batch]
-    ) -> Iterator[Batch]:
-        both = torch.cat([view.forget.ids, view.retain.ids])
-        order = torch.randperm(len(both), generator=runtime.generator("joint", epoch))
-        for ids in both[order].split(self.batch_size):
-            forgotten = torch.isin(ids, view.forget.ids)
-            parts = []
-            if bool(forgotten.any()):
-                parts.append(relabelled(view.forget.fetch(ids[forgotten])))
-            if not bool(forgotten.all()):
-                parts.append(view.retain.fetch(ids[~forgotten]))
-            yield parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+    def draw(self, view: View, runtime: Runtime, epoch: int) -> tuple[Tensor, Tensor]:
+        """Sorted forget ids [n] and what stands for their labels [n] in one epoch."""
+        return draw_labels(view, runtime, epoch)
 
 
 def draw_labels(view: View, runtime: Runtime, epoch: int) -> tuple[Tensor, Tensor]:

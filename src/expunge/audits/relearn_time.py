@@ -1,0 +1,202 @@
+"""Relearn time: how many updates bring the forgotten back, beside a model that never saw it?"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from expunge.core.audit import Audit, Finding, Subject
+from expunge.core.data import Batch
+from expunge.core.needs import Card, Deviation, Needs
+from expunge.core.outcome import Cost
+from expunge.core.problem import Problem
+from expunge.core.runtime import Runtime
+from expunge.core.settings import setting
+from expunge.core.view import Source
+from expunge.train.fit import Pass, fit
+
+
+@dataclass(frozen=True)
+class RelearnTime(Audit):
+    r"""Updates \(r(M)\) until a model is again as good on forgotten data as the original was.
+
+    Training on the *whole* training set; after how many mini-batch updates (at least 1) is the
+    error on unseen samples of what was forgotten at most \((1+\alpha)\) times the original's?
+    `updates` is r; `ain` is \(r / \bar r_{ref}\), the anamnesis index: 1 is as hard to relearn as
+    for a model that never saw the data, far below 1 the information is still there, far above 1 it
+    was pushed away (a leak too). Not more than `cap` updates are tried; what did not get there
+    counts as `cap`, and `capped` in the detail says so. The error is the task loss; for classifiers
+    one minus the accuracy would be 0 for a good original, so there the accuracy has to reach
+    \((1-\alpha)\) of the original's.
+    """
+
+    name: ClassVar[str] = "relearn-time"
+    card: ClassVar[Card] = Card(
+        title="Deep Regression Unlearning",
+        authors="Tarun, Chundawat, Mandal, Kankanhalli",
+        year=2023,
+        link="https://arxiv.org/abs/2210.08196",
+        idea="How fast a model relearns what it was made to forget.",
+        intent="measurement",
+        fidelity="variant",
+        deviations=(
+            Deviation(
+                "A model that is good enough without any update counts as one update.",
+                "tests/audits/test_relearn_time.py::test_deep_regression_invariant_6_ain",
+            ),
+            Deviation(
+                "A count is the median over several orders of the batches: a single order can tear a "
+                "model apart first.",
+                "tests/audits/test_relearn_time.py::test_counts_are_medians_over_orders",
+            ),
+            Deviation(
+                "The count ends at a number of updates, not after ten epochs.",
+                "tests/audits/test_relearn_time.py::test_what_does_not_get_there_is_capped_and_says_so",
+            ),
+        ),
+    )
+
+    alpha: float = setting(0.05, "tolerance over the original's error, α", low=0, source="official code")  # fmt: skip
+    lr: float = setting(0.01, "learning rate of Adam; the index depends on it", above=0, source="official code")  # fmt: skip
+    batch_size: int = setting(256, "samples an update; the index depends on it", low=1, source="official code")  # fmt: skip
+    cap: int = setting(300, "largest number of updates", low=1)
+    repeats: int = setting(5, "orders of the batches; the median of their counts is taken", low=1)
+
+    @property
+    def needs(self) -> Needs:
+        """All training data with labels; retrained models to be held against."""
+        return Needs(forget=True, retain=True, labels="all", models=2)
+
+    def run(
+        self, subject: Subject, references: Sequence[Subject], runtime: Runtime
+    ) -> list[Finding]:
+        """Two findings; every model relearns from the same batches."""
+        names = [f"{self.name}/updates", f"{self.name}/ain"]
+        splits = subject.splits
+        split = "forget-test" if len(splits.get("forget-test", ())) else "forget-train"
+        if subject.data_of(split).labels is None or subject.problem.train.labels is None:
+            why = "the data has no labels to relearn"
+            return [Finding(name, None, reason=why) for name in names]
+        counts = [
+            self._updates(s, split, runtime) for s in (subject, subject.original(), *references)
+        ]
+        failed = next((c for c in counts if isinstance(c, str)), None)
+        if failed is not None:
+            return [Finding(name, None, reason=failed) for name in names]
+        mine, before, *theirs = (float(c) for c in counts)
+        detail = {
+            "measured_on": split,
+            "capped": mine >= self.cap,
+            "reference_capped": sum(r >= self.cap for r in theirs),
+            "cap": self.cap,
+            "lr": self.lr,
+            "batch_size": self.batch_size,
+        }
+        if not theirs:
+            why = "no retrained reference to compare with"
+            return [
+                Finding(names[0], mine, original=before, reason=why, detail=detail),
+                Finding(names[1], None, reason=why),
+            ]
+        mean = float(np.mean(theirs))
+        spread = float(np.ptp(theirs)) if len(theirs) > 1 else None
+        said = f"not relearnt within {self.cap} updates: the value is at least this" if mine >= self.cap else None  # fmt: skip
+        shared: dict[str, Any] = {"reason": said, "detail": detail}
+        return [
+            Finding(names[0], mine, reference=mean, floor=spread, original=before, **shared),
+            Finding(
+                names[1], mine / mean, reference=1.0, floor=None if spread is None else spread / mean,
+                original=before / mean, **shared,
+            ),
+        ]  # fmt: skip
+
+    def _updates(self, subject: Subject, split: str, runtime: Runtime) -> float | str:
+        """Median count of one model, or why there is none; kept with the subject, which is asked often."""
+        kept: dict[Any, Any] = subject.__dict__.setdefault("_relearnt", {})
+        key = (*self.in_force().items(), split, runtime.seed)
+        if key not in kept:
+            good = _good_enough(subject, split, self.alpha)
+            counts = [self._count(subject, good, runtime, n) for n in range(self.repeats)]
+            failed = next((c for c in counts if isinstance(c, str)), None)
+            kept[key] = failed or float(np.median([c for c in counts if not isinstance(c, str)]))
+        return kept[key]
+
+    def _count(
+        self, subject: Subject, good: Callable[[nn.Module], bool], runtime: Runtime, order: int
+    ) -> int | str:
+        problem = subject.problem
+        model = copy.deepcopy(subject.model).requires_grad_(True)
+        if good(model):
+            return 1
+        inner = replace(
+            runtime, device=subject.runtime.device, checkpoint=None, alone=True, cost=Cost()
+        )
+        source = Source(problem.train, problem.train.ids, True, inner)
+        per_epoch = math.ceil(len(source) / self.batch_size)
+        done = 0
+
+        def loss(m: nn.Module, batch: Batch) -> Tensor:
+            nonlocal done
+            # what the updates so far have brought about; the first one has none behind it
+            if done and good(model):
+                raise _Reached
+            done += 1
+            if done > self.cap:
+                raise _Reached
+            return batch.mean(problem.each_loss(m, batch))
+
+        def passes(epoch: int) -> Pass:
+            for batch in source.batches(self.batch_size, inner.generator("relearn", order, epoch)):
+                yield loss, batch
+
+        inner.seed_everything("relearn", order)
+        try:
+            result = fit(
+                model, passes, runtime=inner, epochs=self.cap // per_epoch + 1,
+                lr=self.lr, step="adam", stage="relearn",
+            )  # fmt: skip
+        except _Reached:
+            return min(max(done, 1), self.cap)
+        return f"relearning stopped: {result.stopped}" if result.stopped else self.cap
+
+
+class _Reached(Exception):
+    """The error is low enough, or the cap is reached."""
+
+
+def _good_enough(subject: Subject, split: str, alpha: float) -> Callable[[nn.Module], bool]:
+    """Whether a model is within α of the original on a split."""
+    problem, device = subject.problem, subject.runtime.device
+    batch = subject.data_of(split).fetch(subject.splits[split]).to(device)
+    original = subject.original().model
+
+    def error(model: nn.Module) -> float:
+        training = model.training
+        inner = [(m, m.training) for m in model.modules()]
+        model.eval()
+        with torch.no_grad():
+            found = _error(problem, model, batch)
+        for module, was in inner:
+            module.training = was
+        model.training = training
+        return found
+
+    before = error(original)
+    # accuracies are negative errors here: within α of them is (1 − α) times as much
+    allowed = before * (1 + alpha) if before > 0 else before * (1 - alpha)
+    return lambda model: error(model) <= allowed
+
+
+def _error(problem: Problem, model: nn.Module, batch: Batch) -> float:
+    """The task loss, or for classifiers the negative accuracy."""
+    if problem.kind == "classification":
+        right = problem.capability("logits")(model, batch).argmax(1) == batch.y
+        return -float(right.float().mean())
+    return float(problem.each_loss(model, batch).float().mean())

@@ -1,0 +1,190 @@
+r"""Subset fidelity (ModHiFi): how well some inputs of a layer, rescaled, reproduce its output.
+
+The output c of a layer is a sum of contributions \(Y_c = \sum_i A_{ci}\), one an input channel (bias
+left out). With the Gram matrix \(G^c_{ij} = E\langle A_{ci}, A_{cj}\rangle\), \(b = G^c 1\) and
+\(\|Y_c\|^2 = 1^T G^c 1\), the fidelity of a subset C is
+
+\[
+FS_c(C) = \max_\delta \Big[1 - \frac{E\|Y_c - \sum_{i \in C} \delta_i A_{ci}\|^2}{E\|Y_c\|^2}\Big]
+        = \frac{b_C^T \delta^*}{1^T G^c 1}, \qquad \delta^* = (G^c_{CC})^{-1} b_C ,
+\]
+
+and for one input \(s_{ci} = b_i^2 / (G^c_{ii}\, 1^T G^c 1)\). Everything follows from one uncentred
+moment matrix of what the layer reads (\(x x^T\), or of patches for a convolution), so that one
+stream of forward passes is enough: no gradient, no loss, no labels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from expunge.core.data import Batch
+from expunge.core.errors import ModelError, NeedsError
+
+Score = Literal["energy", "mean", "max"]
+
+DEAD = 1e-12
+"""Outputs and contributions below this share of the largest energy count as none."""
+
+
+@dataclass(frozen=True)
+class Contributions:
+    r"""What each input of one layer contributes to each output, over some samples.
+
+    Attributes:
+        weight: \(W\) [C_out, C_in, K], K = 1 for a linear layer, else the kernel's size.
+        moment: summed moments [C_in·K, C_in·K] of what the layer reads, float64.
+        samples: samples (tokens, positions) behind the moments.
+    """
+
+    weight: Tensor
+    moment: Tensor
+    samples: int
+
+    def joined(self, other: Contributions) -> Contributions:
+        """The contributions over both sets of samples; the layer is the same."""
+        return Contributions(self.weight, self.moment + other.moment, self.samples + other.samples)
+
+    def gram(self, output: int) -> Tensor:
+        r"""Gram matrix \(G^c\) [C_in, C_in] of one output, summed over the samples."""
+        w = self.weight[output].double()
+        inputs, size = w.shape
+        return torch.einsum("ik,ikjl,jl->ij", w, self.moment.view(inputs, size, inputs, size), w)
+
+    def products(self) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Of all outputs: \(b\) [C_out, C_in], the diagonals of G [C_out, C_in], energies [C_out]."""
+        w = self.weight.double()
+        outputs, inputs, size = w.shape
+        b = ((w.reshape(outputs, -1) @ self.moment).reshape(w.shape) * w).sum(2)
+        blocks = self.moment.view(inputs, size, inputs, size)
+        own = torch.stack([blocks[i, :, i] for i in range(inputs)])
+        return b, torch.einsum("cik,ikl,cil->ci", w, own, w), b.sum(1)
+
+    def singleton(self) -> Tensor:
+        r"""Fidelity \(s_{ci}\) [C_out, C_in] of each input alone, 0 … 1; dead outputs have 0."""
+        b, own, energy = self.products()
+        live = (own > DEAD * own.max()) & (energy > DEAD * energy.max())[:, None]
+        s = torch.where(live, b.square() / (own * energy[:, None]), 0.0)
+        return s.clamp(0, 1)
+
+    def channels(self, score: Score = "energy") -> Tensor:
+        r"""One score [C_in] an input, over all outputs.
+
+        `energy`: \(\sum_c E\|Y_c\|^2 s_{ci} / \sum_c E\|Y_c\|^2\); `mean` and `max` over live outputs.
+        """
+        s, energy = self.singleton(), self.products()[2]
+        live = energy > DEAD * energy.max()
+        if not bool(live.any()):
+            return s.new_zeros(s.shape[1])
+        if score == "energy":
+            return (s * energy[:, None])[live].sum(0) / energy[live].sum()
+        return s[live].mean(0) if score == "mean" else s[live].amax(0)
+
+    def fidelity(self, output: int, subset: Tensor) -> tuple[float, Tensor]:
+        """Fidelity of a subset for one output, and the scales that reach it.
+
+        Args:
+            output: c.
+            subset: positions [k] of inputs.
+
+        Returns:
+            \\(FS_c\\) in 0 … 1 and δ* [k]. Of the scales that are best, those nearest to 1: inputs that
+            are dead or always move together leave a choice. A dead output has fidelity 1 and scales 1.
+        """
+        gram = self.gram(output)
+        energy, b = gram.sum(), gram.sum(1)[subset]
+        ones = torch.ones(len(subset), dtype=torch.float64, device=gram.device)
+        if float(energy) <= DEAD * float(gram.diagonal().sum()):
+            return 1.0, ones
+        part = gram[subset][:, subset]
+        # by eigenvalues, since inputs that move together make G singular
+        solve = torch.linalg.pinv(part, hermitian=True, rtol=1e-10)
+        scales = ones + solve @ (b - part @ ones)
+        return min(1.0, max(0.0, float(b @ scales / energy))), scales
+
+
+def contributions(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], Any],
+) -> dict[str, Contributions]:
+    """Run samples through the model and sum the moments of what some layers read.
+
+    Args:
+        model: in eval mode.
+        layers: names of linear or ungrouped 2-D convolution layers; further dimensions of a linear
+            layer's input (tokens) count as samples.
+        batches: read once.
+        forward: runs the model on a batch.
+
+    Returns:
+        The contributions by layer; weights as they were before the passes.
+
+    Raises:
+        NeedsError: a layer is of another kind.
+        ModelError: a layer does not exist, or is not run.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, Contributions] = {}
+    for layer in layers:
+        if layer not in modules:
+            raise ModelError(f"the model has no layer {layer!r}")
+        weight = split_weight(layer, modules[layer])
+        size = weight.shape[1] * weight.shape[2]
+        found[layer] = Contributions(weight, weight.new_zeros(size, size, dtype=torch.float64), 0)
+
+    def read(layer: str, module: nn.Module, given: tuple[Any, ...]) -> None:
+        columns = _columns(module, given[0].detach()).double()
+        before = found[layer]
+        now = Contributions(before.weight, columns.T @ columns, len(columns))
+        found[layer] = before.joined(now)
+
+    handles = [
+        modules[layer].register_forward_pre_hook(functools.partial(read, layer)) for layer in found
+    ]
+    try:
+        for batch in batches:
+            forward(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, one in found.items():
+        if not one.samples:
+            raise ModelError(f"layer {layer!r} was not run by the model")
+    return found
+
+
+def split_weight(layer: str, module: nn.Module) -> Tensor:
+    """A copy of a layer's weight as [C_out, C_in, K].
+
+    Raises:
+        NeedsError: its output is no sum over input channels of a known form.
+    """
+    if isinstance(module, nn.Linear):
+        return module.weight.detach()[:, :, None].clone()
+    plain = isinstance(module, nn.Conv2d) and module.groups == 1
+    if plain and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return module.weight.detach().flatten(2).clone()
+    raise NeedsError(
+        f"fidelity is known for linear and ungrouped 2-D convolution layers; {layer!r} is a "
+        f"{type(module).__name__}"
+    )
+
+
+def _columns(module: nn.Module, x: Tensor) -> Tensor:
+    """What each output position reads [n, C_in·K]."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, x.shape[-1])
+    assert isinstance(module, nn.Conv2d)
+    how: dict[str, Any] = {n: getattr(module, n) for n in ("dilation", "padding", "stride")}
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # unfolding has no half precision
+    patches = F.unfold(wide, module.kernel_size, **how)  # type: ignore[arg-type]
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])

@@ -1,0 +1,122 @@
+r"""BadTeacher: obey an untrained teacher on the forget data and the original on the rest.
+
+\[
+t(x) = u\,\mathrm{softmax}(z_{bad}/\tau) + (1-u)\,\mathrm{softmax}(z_0/\tau), \qquad
+L = \mathrm{mean}_b\, KL\big(t(x) \,\|\, \mathrm{softmax}(z(x)/\tau)\big)
+\]
+
+with \(u = 1\) on \(D_f\) and 0 on a random part of \(D_r\), both shuffled together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.data import Batch
+from expunge.core.needs import Card, Deviation, Labels, Needs
+from expunge.core.outcome import Outcome
+from expunge.core.runtime import Runtime
+from expunge.core.settings import setting
+from expunge.core.view import View
+from expunge.train.fit import Pass
+from expunge.train.losses import kl_each
+from expunge.train.method import Training
+from expunge.train.mixed import mixed
+from expunge.train.steps import StepName
+
+_TEST = "tests/methods/test_bad_teacher.py::test_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadTeacher(Training):
+    """Distil from two teachers, a competent and an incompetent one; reads no labels."""
+
+    name: ClassVar[str] = "bad-teacher"
+    card: ClassVar[Card] = Card(
+        title="Can Bad Teaching Induce Forgetting? Unlearning in Deep Networks using an Incompetent "
+        "Teacher",
+        authors="Chundawat, Tarun, Mandal, Kankanhalli",
+        year=2023,
+        link="https://arxiv.org/abs/2205.08096",
+        idea="A network that was never trained shows how to answer on what is to be forgotten.",
+        deviations=(
+            Deviation(
+                "The divergence is averaged over the samples of a batch; the official code divides "
+                "by the number of classes besides. Adam hardly notices; with sgd its learning rate "
+                "is ours divided by C.",
+                _TEST + "bad_teacher_averages_over_samples",
+            ),
+            Deviation(
+                "The student is in training mode; the official function leaves it in whichever "
+                "mode its caller had.",
+                _TEST + "bad_teacher_trains_the_student_in_training_mode",
+            ),
+        ),
+    )
+
+    epochs: int = setting(1, "passes over forget data and part", low=1, source="official code")
+    lr: float = setting(1e-4, "learning rate", above=0, source="official code")
+    batch_size: int = setting(256, "samples a batch, over all processes", low=1, source="official code")  # fmt: skip
+    step: StepName = setting("adam", "optimiser: sgd, adam or adamw", source="official code")
+    share: float = setting(
+        0.3, "share of the retain data that is rehearsed", above=0, high=1, source="official code"
+    )
+    temperature: float = setting(1.0, "temperature τ", above=0, source="official code")
+
+    @property
+    def needs(self) -> Needs:
+        """Both sides without labels, and two teachers."""
+        labels: Labels = "forget" if self.reads_forget_labels() else "none"
+        return Needs(
+            forget=True, retain=True, labels=labels, original=True, fresh=True,
+            capabilities=frozenset({"logits"}),
+        )  # fmt: skip
+
+    def run(self, view: View, runtime: Runtime) -> Outcome:
+        """Distil from both teachers."""
+        good, bad = view.original(), view.fresh("teacher").eval().requires_grad_(False)
+        loss = two_teachers(view, good, bad, self.temperature)
+        count = max(1, round(self.share * len(view.retain)))
+        rehearsed = view.retain.part(count, runtime.generator("rehearsed"))
+
+        def passes(epoch: int) -> Pass:
+            order = runtime.generator("mixed", epoch)
+            for parts in mixed(view, self.batch_size, order, rehearsed):
+                yield loss, tuple(replace(part, y=None) for part in parts if part is not None)
+
+        outcome, _ = self.train_model(view.model(), passes, view, runtime)
+        outcome.details["rehearsed"] = count
+        return outcome
+
+
+def two_teachers(
+    view: View, good: nn.Module, bad: nn.Module, temperature: float
+) -> Callable[[nn.Module, tuple[Batch, ...]], Tensor]:
+    """The loss of one batch, given as its forget part, its retain part, or both in this order.
+
+    Args:
+        view: gives logits, and says which samples are to be forgotten.
+        good: the teacher of retain samples.
+        bad: the teacher of forget samples.
+        temperature: τ, of teachers and student.
+
+    Returns:
+        A loss `(model, parts) -> scalar` in nats, bounded below by 0.
+    """
+    forgotten = view.forget.ids
+
+    def loss(model: nn.Module, parts: tuple[Batch, ...]) -> Tensor:
+        # one pass of the student: batch statistics are those of the shuffled batch
+        whole = parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+        gone = torch.isin(whole.ids, forgotten.to(whole.ids.device))
+        student = view.logits(model, whole)
+        with torch.no_grad():
+            target = torch.where(gone[:, None], view.logits(bad, whole), view.logits(good, whole))
+        return whole.mean(kl_each(target, student, temperature)) / temperature**2
+
+    return loss

@@ -1,0 +1,414 @@
+r"""Tune: choose a method's settings on a *tuning* forget set, under a stated budget.
+
+Each trial unlearns the tuning request and is audited against models retrained without it. What is
+made small is the mean distance to them: \(|v - v_{ref}|\) of accuracies and of one membership AUC,
+and of a regressor's errors as a share of \(v_{ref}\). The request that will be reported is named
+too, and must have no sample in common with those tuned on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expunge import __version__
+from expunge.core.audit import Audit, Finding, Subject
+from expunge.core.errors import ExpungeError, Interrupted, NeedsError, SettingError, UserError
+from expunge.core.hashing import content_key, plain
+from expunge.core.method import Method, package_versions, unlearn
+from expunge.core.outcome import Cost
+from expunge.core.problem import Problem
+from expunge.core.request import Request, forget
+from expunge.core.runtime import Runtime
+from expunge.store import Store
+from expunge.suite.bench import Bench
+from expunge.suite.compare import MethodSpec, make_method
+from expunge.suite.space import Space, distribution, space_of, within
+
+RANDOM_TRIALS = 5
+"""Trials before the sampler has seen enough to prefer anything."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What tuning may use; at least one of the two.
+
+    Attributes:
+        trials: settings tried, failures included.
+        seconds: wall time of the trials; the last one may end later. References come on top.
+    """
+
+    trials: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        """Insist on a budget."""
+        if self.trials is None and self.seconds is None:
+            raise SettingError("state a budget: trials=, seconds= or both")
+        for name, value in asdict(self).items():
+            if value is not None and not value > 0:
+                raise SettingError(f"a budget's {name} must be above 0, not {value}")
+
+    def spent(self, trials: Sequence[Trial]) -> bool:
+        """Whether these trials used it up."""
+        return (self.trials is not None and len(trials) >= self.trials) or (
+            self.seconds is not None and sum(t.seconds for t in trials) >= self.seconds
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings that were tried: their distance with its terms, or the reason why there is none."""
+
+    settings: dict[str, Any]
+    value: float | None
+    seconds: float
+    terms: dict[str, float] = dataclasses.field(default_factory=dict)
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning found.
+
+    Attributes:
+        method: its name.
+        settings: the best ones: those tried, and whatever else differs from the defaults.
+        value: their mean distance to retrained models on the tuning requests.
+        tuning: the requests tuned on.
+        reported: the request kept apart.
+        budget: what was allowed.
+        space: what was searched, by setting.
+        trials: all of them, in order; the first is the method as it came.
+        run: id of the record in the store.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    value: float
+    tuning: tuple[Request, ...]
+    reported: Request
+    budget: Budget
+    space: dict[str, Any]
+    trials: tuple[Trial, ...]
+    run: str = ""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The method as `xp.compare` and a suite's `methods` take it."""
+        return {"name": self.method, **self.settings}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return plain({
+            "run": self.run,
+            "method": self.spec,
+            "value": self.value,
+            "began_with": self.trials[0].value,
+            "tuning": [r.to_dict() for r in self.tuning],
+            "reported": self.reported.to_dict(),
+            "budget": self.budget,
+            "space": self.space,
+            "trials": self.trials,
+        })
+
+    def toml(self) -> str:
+        """The method as a line of a suite file, with where it comes from."""
+        on = "; ".join(map(str, self.tuning))
+        parts = [f"{k} = {json.dumps(v)}" for k, v in self.spec.items() if v is not None]
+        first = self.trials[0].value
+        began = "" if first is None else f" instead of {first:.4g}"
+        return (
+            f"# tuned on {on}, apart from {self.reported}: {len(self.trials)} trials, "
+            f"distance {self.value:.4g}{began}\nmethods = [{{ {', '.join(parts)} }}]\n"
+        )
+
+
+def tune(
+    problem: Problem,
+    method: MethodSpec,
+    tuning: Request | Sequence[Request],
+    *,
+    reported: Request,
+    trials: int | None = None,
+    seconds: float | None = None,
+    space: Space | None = None,
+    references: int = 2,
+    seeds: Sequence[int] = (0,),
+    audits: Sequence[str | Audit] | None = None,
+    store: Store | None = None,
+    runtime: Runtime | None = None,
+    bench: Bench | None = None,
+) -> Tuning:
+    """Search a method's settings for those that come closest to retraining.
+
+    Stopped, it goes on where it was when it is called again with the same store; a larger budget
+    goes on from a smaller one, and the trials are those of one long search.
+
+    Args:
+        problem: the model, its data and recipe.
+        method: as in `compare`; its settings are tried first, and stay where nothing is searched.
+        tuning: one request or several to tune on; the distance is their mean.
+        reported: the request that the tuned method will be shown on.
+        trials: see `Budget`.
+        seconds: see `Budget`.
+        space: settings to search instead of, or beside, those of `space_of`.
+        references: retrained models for each tuning request.
+        seeds: runs of each trial.
+        audits: what the distance is made of; accuracy and membership, or their likes for
+            regressors, by default.
+        store: where trials and the result are kept; a temporary one by default.
+        runtime: device, threads, progress; its seed is the search's.
+        bench: used instead of `store` and `runtime` by callers that have one.
+
+    Returns:
+        The best settings and every trial.
+
+    Raises:
+        UserError: a sample to tune on is also in the reported request, or something is missing.
+        ExpungeError: no trial gave a result.
+    """
+    from expunge.audits.run import audit_list, run_audits  # scikit-learn is slow to import
+
+    bench = bench or Bench(store or Store.temporary(), runtime or Runtime())
+    requests = (tuning,) if isinstance(tuning, Request) else tuple(tuning)
+    budget = Budget(trials, seconds)
+    _optuna()  # before any work
+    base, _ = make_method(method, problem)
+    problem.check()
+    base.needs.check(base.name, problem)
+    if problem.recipe is None or references < 1:
+        raise NeedsError("tune measures the distance to retrained models; pass recipe=")
+    if not requests or not seeds:
+        raise UserError("name at least one request to tune on, and one seed")
+    keep_apart(problem, requests, reported)
+    searched = space_of(base, space)
+    measured = list(audits) if audits is not None else _audits(problem)
+    for one in audit_list(measured):
+        one.needs.check(one.name, problem)
+    key = content_key([
+        "tune", __version__, problem.fingerprint(), problem.recipe_key(),
+        base.name, base.in_force(), [r.key for r in requests], searched, references, list(seeds),
+        [a if isinstance(a, str) else [a.name, a.in_force()] for a in measured],
+        bench.runtime.describe(),
+    ])  # fmt: skip
+    subjects = [
+        [Subject(r.model, problem, request, bench.runtime) for r in bench.references(problem, request, references)]
+        for request in requests
+    ]  # fmt: skip
+
+    def attempt(settings: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
+        made = type(base).create({**base.in_force(), **settings})
+        ready = bench.prepared(problem, made)
+        parts = []
+        for (request, theirs), seed in ((p, s) for p in zip(requests, subjects, strict=True) for s in seeds):  # fmt: skip
+            inner = replace(bench.runtime, seed=seed, checkpoint=None, cost=Cost())
+            outcome = unlearn(problem, request, made, runtime=inner, prepared=ready)
+            released = Subject(outcome.released(), problem, request, bench.runtime)
+            parts.append(
+                terms(run_audits(released, theirs, measured, replace(bench.runtime, seed=0)))
+            )
+        every = {n: sum(p[n] for p in parts if n in p) / sum(n in p for p in parts) for p in parts for n in p}  # fmt: skip
+        return sum(sum(p.values()) / len(p) for p in parts) / len(parts), every
+
+    done = _search(base, searched, budget, bench, key, attempt)
+    best = min((t for t in done if t.value is not None), key=lambda t: t.value or 0.0, default=None)
+    if best is None:
+        why = done[-1].reason if done else "the budget was spent before the first trial"
+        raise ExpungeError(f"none of {len(done)} trials of {base.name} gave a result; {why}")
+    found = Tuning(
+        base.name, _shown(base, best.settings, problem), float(best.value or 0.0), requests,
+        reported, budget, searched, tuple(done),
+    )  # fmt: skip
+    record = found.to_dict() | {"problem": problem.name, "packages": package_versions()}
+    record |= {"method": {"name": base.name, "in_force": found.settings}}
+    run = bench.store.put_run(
+        kind="tune", key=content_key([key, reported.key, plain(budget), len(done)]), record=record,
+        parents=[bench.original(problem)],
+    )  # fmt: skip
+    return replace(found, run=run)
+
+
+def keep_apart(problem: Problem, tuning: Sequence[Request], reported: Request) -> None:
+    """Refuse to tune on what will be reported.
+
+    Raises:
+        UserError: a tuning request shares samples with the reported one.
+    """
+    kept = reported.resolve(problem.train)
+    for request in tuning:
+        shared = int(torch.isin(request.resolve(problem.train), kept).sum())
+        if shared:
+            raise UserError(
+                f"{shared} samples of the tuning request ({request}) are also in the one to be "
+                f"reported ({reported}); settings tuned on them would report the tuning"
+            )
+
+
+def apart(problem: Problem, reported: Request, fraction: float, seed: int = 0) -> Request:
+    """Draw a random request of a share of all samples, none of them in the reported one.
+
+    Raises:
+        SettingError: so many samples are not left.
+    """
+    rest = problem.train.without(reported.resolve(problem.train))
+    count = round(fraction * len(problem.train))
+    if not 0 < count < len(rest):
+        raise SettingError(f"{fraction:g} of {len(problem.train)} samples cannot be drawn apart from the reported ones")  # fmt: skip
+    drawn = torch.randperm(len(rest), generator=Runtime(seed=seed).generator("tuning"))[:count]
+    return forget(ids=rest[drawn].sort().values, reason=f"random, to tune on, seed {seed}")
+
+
+def terms(findings: Sequence[Finding]) -> dict[str, float]:
+    """Distances to the references by finding: what has no common scale as a share of theirs.
+
+    Raises:
+        ExpungeError: nothing was measured beside a reference.
+    """
+    found = {
+        f.name: abs(f.gap) / (1.0 if f.name.startswith(_BOUNDED) else max(abs(f.reference), 1e-12))
+        for f in findings
+        if f.direction == "reference" and f.gap is not None and f.reference is not None
+    }
+    if not found:
+        why = next((f.reason for f in findings if f.reason), "the audits give no such finding")
+        raise ExpungeError(f"there is no distance to retrained models to tune by: {why}")
+    return found
+
+
+_BOUNDED = ("accuracy/", "membership/", "residual-membership/")
+
+
+def _audits(problem: Problem) -> list[str | Audit]:
+    from expunge import audits
+
+    if problem.kind == "regression":
+        return [audits.RegressionError(), audits.ResidualMembership()]
+    return [audits.Accuracy(), audits.Membership(scores=("loss",), attackers=())]
+
+
+def _shown(base: Method, tried: Mapping[str, Any], problem: Problem) -> dict[str, Any]:
+    """Tried settings, those that differ from the defaults, and those that `compare` would fill in."""
+    force = type(base).create({**base.in_force(), **tried}).in_force()
+    plainly = {s["name"]: s["default"] for s in type(base).describe_settings()}
+    named = {*tried, *problem.tuned.get(base.name, {})}
+    return {n: v for n, v in force.items() if n in named or v != plainly[n]}
+
+
+def _search(
+    base: Method, searched: Mapping[str, Any], budget: Budget, bench: Bench, key: str, attempt: Any
+) -> list[Trial]:
+    """Run trials until the budget is spent; earlier ones of the same search count."""
+    with _quiet_optuna() as optuna:
+        folder = bench.store.folder / "tuning"
+        folder.mkdir(parents=True, exist_ok=True)
+        backend = optuna.storages.journal.JournalFileBackend(str(folder / f"{key}.log"))
+        study = optuna.create_study(
+            study_name=key, storage=optuna.storages.JournalStorage(backend), load_if_exists=True
+        )
+        ranges = {n: distribution(optuna, s) for n, s in searched.items()}
+        began = {n: v for n in searched if within(v := getattr(base, n), searched[n])}
+        done = _finished(optuna, study)
+        with bench.runtime.task(f"tune {base.name}", budget.trials) as task:
+            task.advance(len(done))
+            while not budget.spent(done):
+                if not done:  # the method as it came, wherever that lies in the space
+                    value, notes = _measured(attempt, {})
+                    study.add_trial(
+                        optuna.trial.create_trial(
+                            state=_state(optuna, value), value=value, params=began,
+                            distributions={n: ranges[n] for n in began}, user_attrs=notes,
+                        )
+                    )  # fmt: skip
+                else:
+                    # draws depend on what was finished only, so stopping changes nothing
+                    study.sampler = optuna.samplers.TPESampler(
+                        seed=bench.runtime.seed_for("tune", len(done)) % 2**32,
+                        n_startup_trials=RANDOM_TRIALS,
+                    )
+                    asked = study.ask(ranges)
+                    value, notes = _measured(attempt, asked.params)
+                    for name, note in notes.items():
+                        asked.set_user_attr(name, note)
+                    study.tell(asked, value, state=_state(optuna, value))
+                done = _finished(optuna, study)
+                task.advance()
+    return done
+
+
+def _measured(attempt: Any, settings: Mapping[str, Any]) -> tuple[float | None, dict[str, Any]]:
+    """The distance of a trial, None if the settings do not work, and what is noted beside it."""
+    start = time.perf_counter()
+    try:
+        value, parts = attempt(settings)
+        if not math.isfinite(value):
+            raise ExpungeError("the distance is not a finite number")
+    except Interrupted:
+        raise
+    except ExpungeError as error:  # others may work
+        return None, {"reason": str(error), "seconds": time.perf_counter() - start}
+    return value, {"terms": parts, "seconds": time.perf_counter() - start}
+
+
+def _state(optuna: Any, value: float | None) -> Any:
+    states = optuna.trial.TrialState
+    return states.FAIL if value is None else states.COMPLETE
+
+
+def _finished(optuna: Any, study: Any) -> list[Trial]:
+    """Trials that ended, in order; those that a kill left open never do."""
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
+    return [
+        Trial(
+            t.params, t.value, t.user_attrs.get("seconds", 0.0),
+            t.user_attrs.get("terms", {}), t.user_attrs.get("reason"),
+        )
+        for t in study.get_trials(deepcopy=False, states=states)
+    ]  # fmt: skip
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("tuning needs Optuna; pip install 'expunge[tune]'") from error
+    return optuna
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[Any]:
+    """Optuna, with its own log lines held back: progress is reported by the runtime."""
+    optuna = _optuna()
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield optuna
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def check_ending(path: str | Path) -> str:
+    """Return the ending of a file that a tuning can be written to.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if Path(path).suffix not in (".toml", ".json"):
+        raise UserError(f"a tuning is written to a .toml or .json file, not {Path(path).name!r}")
+    return Path(path).suffix
+
+
+def write_tuning(found: Tuning, path: str | Path) -> None:
+    """Write the result: `.toml` for a suite file's `methods`, `.json` with every trial."""
+    toml = check_ending(path) == ".toml"
+    text = found.toml() if toml else json.dumps(found.to_dict(), indent=1) + "\n"
+    Path(path).write_text(text)

@@ -1,0 +1,126 @@
+"""The card's run: digits as numbers, those up to 2 forgotten, two seeds, orderings that must be seen.
+
+Writes benchmarks/results/deep_regression.json and .md with the command that made them.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from _results import write
+
+import expunge as xp
+from expunge.audits.regression_error import RegressionError
+from expunge.audits.relearn_time import RelearnTime
+from expunge.audits.wasserstein import Wasserstein
+from expunge.core.audit import Subject
+from expunge.core.runtime import Runtime
+from expunge.core.view import View
+from expunge.methods.regression.blindspot import Blindspot
+from expunge.workloads.digits_range import digits_range
+
+pytestmark = pytest.mark.acceptance
+SEEDS = (0, 1)
+# the card's settings; batches as in the original training, whose size it leaves open for the rest
+METHODS = {
+    "finetune": xp.methods.FineTune(epochs=5, lr=1e-3, step="adam", batch_size=64),
+    "gaussian-amnesiac": xp.methods.GaussianAmnesiac(epochs=2, batch_size=64),
+    "blindspot": Blindspot(epochs=2, blind_epochs=2, batch_size=64),
+}
+RELEARN = RelearnTime(lr=5e-3)  # the learning rate of the original training, as on AgeDB
+CARD = {
+    "original": (".27–.29", ".11–.15", "5.0–5.3", ".01"),
+    "retrain": (".21–.25", "5.2–5.4", "0", "1"),
+    "finetune": (".27–.28", ".2–.45", "4.9–5.0", ".01–.06"),
+    "gaussian-amnesiac": (".25–.28", "2.8–3.0", "2.5–2.6", ".09–.15"),
+    "blindspot": (".34–.45", "3.1–3.6", "2.1", ".15–.33"),
+}
+COLUMNS = {
+    "retain": "regression-error/mae-retain-test",
+    "forget": "regression-error/mae-forget-test",
+    "w1": "wasserstein/predictions-forget-train",
+    "ain": "relearn-time/ain",
+}
+
+
+ORDERINGS = [
+    ("W1 blindspot < gaussian-amnesiac < finetune", ["blindspot", "gaussian-amnesiac", "finetune"], "w1"),
+    ("AIN finetune < gaussian-amnesiac < blindspot < retrain", ["finetune", "gaussian-amnesiac", "blindspot", "retrain"], "ain"),
+]  # fmt: skip
+
+
+def rising(values):
+    return all(a < b for a, b in itertools.pairwise(values))
+
+
+def measure(seed: int) -> dict[str, dict[str, float]]:
+    runtime = Runtime(seed=seed, threads=1)
+    problem, request = digits_range.problem(seed), digits_range.request
+    keep = problem.train.without(request.resolve(problem.train))
+    models = {"original": problem.model, "retrain": problem.recipe(keep, 1001 + seed)}
+    for name, method in METHODS.items():
+        models[name] = xp.unlearn(problem, request, method, runtime=runtime).runnable()
+    blindspot = METHODS["blindspot"]
+    view = View(problem, request, blindspot.needs, runtime)
+    models["blindspot model"] = blindspot.blindspot_model(view, runtime)
+    subjects = {n: Subject(m, problem, request, runtime) for n, m in models.items()}
+    found = {}
+    for name, subject in subjects.items():
+        audits = [RegressionError(), Wasserstein(resamples=20)]
+        audits += [RELEARN] if name != "blindspot model" else []
+        values = {
+            f.name: f.value for a in audits for f in a.run(subject, [subjects["retrain"]], runtime)
+        }
+        found[name] = {short: values.get(long) for short, long in COLUMNS.items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[int, dict[str, dict[str, float]]]:
+    found = {seed: measure(seed) for seed in SEEDS}
+    rows = []
+    for seed, models in found.items():
+        for expected, names, column in ORDERINGS:
+            values = [models[n][column] for n in names]
+            rows.append((
+                f"seed {seed}: {expected}",
+                " < ".join(f"{v:.3f}" for v in values),
+                rising(values),
+            ))
+        kept = [models[n]["retain"] for n in ("blindspot", "blindspot model")]
+        rows.append((
+            f"seed {seed}: retain MAE of blindspot ≤ that of its blindspot model",
+            f"{kept[0]:.3f} ≤ {kept[1]:.3f}",
+            kept[0] <= kept[1],
+        ))
+    settings = {n: m.in_force() for n, m in METHODS.items()} | {"relearn-time": RELEARN.in_force()}
+    data = {"settings": settings, "measured": {str(s): m for s, m in found.items()}, "card": CARD}
+    write("deep_regression", data, rows)
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_w1_blindspot_gaussian_finetune_original(measured, seed):
+    w1 = {name: row["w1"] for name, row in measured[seed].items()}
+    assert w1["blindspot"] < w1["gaussian-amnesiac"] < w1["finetune"]
+    assert abs(w1["finetune"] - w1["original"]) < 0.1 * w1["original"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ain_finetune_gaussian_blindspot_retrained(measured, seed):
+    ain = {name: row["ain"] for name, row in measured[seed].items()}
+    assert ain["finetune"] < ain["gaussian-amnesiac"] < ain["blindspot"] < 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blindspot_is_no_worse_on_what_is_kept_than_its_blindspot_model(measured, seed):
+    rows = measured[seed]
+    assert rows["blindspot"]["retain"] <= rows["blindspot model"]["retain"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_invariant_6_on_real_data(measured, seed):
+    rows = measured[seed]
+    assert rows["retrain"]["ain"] == 1
+    assert rows["original"]["ain"] < 0.05

@@ -1,0 +1,88 @@
+"""relearn-time: the card's invariant 6, the cap, and classifiers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import expunge as xp
+from expunge.audits.relearn_time import RelearnTime
+from expunge.core.hashing import hash_model
+
+REQUEST = xp.Request(where="y > 4")
+QUICK = {"batch_size": 20, "lr": 0.05, "repeats": 1, "alpha": 0.5}
+
+
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 2, generator=generator)
+    y = 3 + x @ torch.tensor([2.0, -1.0]) + 0.1 * torch.randn(120, generator=generator)
+    train, test = xp.Data((x[:80], y[:80])), xp.Data((x[80:], y[80:]))
+
+    def build():
+        return nn.Linear(2, 1)
+
+    recipe = xp.RegressorRecipe(build, train, epochs=60, lr=0.05, batch_size=20, step="adam")
+    return xp.Regression(recipe(train.ids, 0), train, test, recipe=recipe)
+
+
+def subjects():
+    p = problem()
+    torch.manual_seed(3)
+    blank = xp.Subject(nn.Linear(2, 1), p, REQUEST, xp.Runtime())
+    return xp.Subject(p.model, p, REQUEST, xp.Runtime()), blank
+
+
+def run(s, references, **settings):
+    found = RelearnTime(**(QUICK | settings)).run(s, references, xp.Runtime(threads=1))
+    return {f.name.split("/")[1]: f for f in found}
+
+
+def test_deep_regression_invariant_6_ain():
+    original, blank = subjects()
+    same = run(blank, [blank])
+    assert same["ain"].value == 1.0
+    found = run(original, [blank])
+    r = found["updates"].reference
+    assert r > 5 and found["updates"].value == 1
+    assert found["ain"].value == 1 / r == same["ain"].original
+
+
+def test_what_does_not_get_there_is_capped_and_says_so():
+    original, blank = subjects()
+    found = run(blank, [original], cap=3)
+    assert found["updates"].value == 3 and found["updates"].detail["capped"]
+    assert "not relearnt within 3 updates" in found["updates"].reason
+
+
+def test_counts_are_medians_over_orders(monkeypatch):
+    _, blank = subjects()
+    counts = iter([4, 300, 5])
+    orders = []
+
+    def count(self, subject, good, runtime, order):
+        orders.append(order)
+        return next(counts)
+
+    monkeypatch.setattr(RelearnTime, "_count", count)
+    found = RelearnTime(repeats=3)._updates(blank, "forget-test", xp.Runtime())
+    assert found == 5 and orders == [0, 1, 2]
+
+
+def test_models_are_left_alone_and_answers_repeat():
+    original, blank = subjects()
+    before = [hash_model(s.model) for s in (original, blank)]
+    first = run(blank, [original])["updates"].value
+    blank.__dict__.pop("_relearnt")
+    assert run(blank, [original])["updates"].value == first
+    assert [hash_model(s.model) for s in (original, blank)] == before
+    assert not any(p.requires_grad for p in blank.model.parameters())
+
+
+def test_a_classifier_relearns_by_its_accuracy(digits, threes, digits_reference):
+    runtime = xp.Runtime(threads=1)
+    original = xp.Subject(digits.model, digits, threes, runtime)
+    retrained = xp.Subject(digits_reference, digits, threes, runtime)
+    found = run(original, [retrained], batch_size=256, lr=0.003)
+    assert found["updates"].value == 1 < found["updates"].reference
+    assert found["ain"].value < 1

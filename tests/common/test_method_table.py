@@ -45,7 +45,10 @@ NOT_APPLICABLE = {
     ),
     *(("dm-direct", c) for c in ("frozen_stays_frozen", "resumes_to_the_same_bits")),
     *((name, "reads_only_what_it_declares") for name in ("influence", "iau")),
-    *((name, "reads_only_what_it_declares") for name in ("gaussian-amnesiac", "neggrad-plus", "salun", "ssd")),
+    *(
+        (name, "reads_only_what_it_declares")
+        for name in ("gaussian-amnesiac", "neggrad-plus", "salun", "ssd")
+    ),
     *((name, "reads_only_what_it_declares") for name in ("amnesiac", "guided-unlearning", "unsir")),
 }
 

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core.data import Batch
-from expunge.core.errors import ModelError, NeedsError
+from expunge.core.errors import ExpungeError, ModelError, NeedsError
 
 Score = Literal["energy", "mean", "max"]
 
 DEAD = 1e-12
-"""Outputs and contributions below this share of the largest energy count as none."""
+"""Energies below this share of those beside them count as none."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,21 @@ class Contributions:
     def singleton(self) -> Tensor:
         r"""Fidelity \(s_{ci}\) [C_out, C_in] of each input alone, 0 … 1; dead outputs have 0."""
         b, own, energy = self.products()
-        live = (own > DEAD * own.max()) & (energy > DEAD * energy.max())[:, None]
+        live = (own > DEAD * own.amax(1, keepdim=True)) & self.live()[:, None]
         s = torch.where(live, b.square() / (own * energy[:, None]), 0.0)
         return s.clamp(0, 1)
 
-    def channels(self, score: Score = "energy") -> Tensor:
-        r"""One score [C_in] an input, over all outputs.
+    def live(self) -> Tensor:
+        """Outputs [C_out] with any energy, next to that of their contributions."""
+        _, own, energy = self.products()
+        return energy > DEAD * own.sum(1)
 
-        `energy`: \(\sum_c E\|Y_c\|^2 s_{ci} / \sum_c E\|Y_c\|^2\); `mean` and `max` over live outputs.
+    def channels(self, score: Score = "energy") -> Tensor:
+        r"""One score [C_in] an input, over all live outputs.
+
+        `energy`: \(\sum_c E\|Y_c\|^2 s_{ci} / \sum_c E\|Y_c\|^2\); or the plain `mean`, or `max`.
         """
-        s, energy = self.singleton(), self.products()[2]
-        live = energy > DEAD * energy.max()
+        s, energy, live = self.singleton(), self.products()[2], self.live()
         if not bool(live.any()):
             return s.new_zeros(s.shape[1])
         if score == "energy":
@@ -88,14 +92,14 @@ class Contributions:
         return s[live].mean(0) if score == "mean" else s[live].amax(0)
 
     def fidelity(self, output: int, subset: Tensor) -> tuple[float, Tensor]:
-        """Fidelity of a subset for one output, and the scales that reach it.
+        r"""Fidelity of a subset for one output, and the scales that reach it.
 
         Args:
             output: c.
             subset: positions [k] of inputs.
 
         Returns:
-            \\(FS_c\\) in 0 … 1 and δ* [k]. Of the scales that are best, those nearest to 1: inputs that
+            \(FS_c\) in 0 … 1 and δ* [k]. Of the scales that are best, those nearest to 1: inputs that
             are dead or always move together leave a choice. A dead output has fidelity 1 and scales 1.
         """
         gram = self.gram(output)
@@ -131,6 +135,7 @@ def contributions(
     Raises:
         NeedsError: a layer is of another kind.
         ModelError: a layer does not exist, or is not run.
+        ExpungeError: what a layer reads is not finite.
     """
     modules = dict(model.named_modules())
     found: dict[str, Contributions] = {}
@@ -159,6 +164,8 @@ def contributions(
     for layer, one in found.items():
         if not one.samples:
             raise ModelError(f"layer {layer!r} was not run by the model")
+        if not bool(one.moment.isfinite().all()):
+            raise ExpungeError(f"what layer {layer!r} reads is NaN or infinite")
     return found
 
 
@@ -170,8 +177,8 @@ def split_weight(layer: str, module: nn.Module) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return module.weight.detach()[:, :, None].clone()
-    plain = isinstance(module, nn.Conv2d) and module.groups == 1
-    if plain and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+    ours = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+    if isinstance(module, nn.Conv2d) and ours and not isinstance(module.padding, str):
         return module.weight.detach().flatten(2).clone()
     raise NeedsError(
         f"fidelity is known for linear and ungrouped 2-D convolution layers; {layer!r} is a "

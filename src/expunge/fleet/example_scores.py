@@ -85,7 +85,7 @@ def score_model(
         return gradient_norms(model, problem.each_loss, batches).double()
     compute, measure = problem.capability("logits"), OF_LOGITS[score]
     with torch.no_grad():
-        parts = [measure(compute(model, b), b.y).cpu() for b in batches]
+        parts = [measure(compute(model, b), b.y).cpu() for b in batches if b.y is not None]
     return torch.cat(parts)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Batch
-from expunge.core.errors import ExpungeError, SettingError
+from expunge.core.errors import SettingError
 from expunge.curvature.fidelity import Contributions, Score, contributions
 
 
@@ -49,15 +49,12 @@ def prune_inputs(
 
     Raises:
         SettingError: the share is out of range.
-        ExpungeError: what a layer reads is not finite.
     """
     if not 0 < keep <= 1:
         raise SettingError(f"the share of inputs to keep must be above 0 and at most 1, not {keep}")
     kept = {}
     for layer, found in contributions(model, layers, batches, forward).items():
         scores = found.channels(score)
-        if not bool(scores.isfinite().all()):
-            raise ExpungeError(f"what layer {layer!r} reads is NaN or infinite")
         count = max(1, round(keep * len(scores)))
         kept[layer] = scores.argsort(descending=True, stable=True)[:count].sort().values
         keep_inputs(model.get_submodule(layer), found, kept[layer], compensate)

@@ -65,6 +65,9 @@ SEQUENTIAL = {
 }
 """For random labels on a whole class: the rehearsal must be strong enough to undo the class."""
 
+PIXELS = {"mean": [0.1307], "std": [0.3081]}
+"""How the images were normalised, for attacks that mean pixels."""
+
 mnist_class = Workload(
     name="mnist-class",
     title="forget one digit of 5,000 MNIST images (small ResNet)",
@@ -80,6 +83,7 @@ mnist_class = Workload(
         "iau": {"lr": 0.0018},
         "gradient-ascent": {"epochs": 5, "lr": 3e-4},
         "neggrad-plus": {"epochs": 4, "lr": 0.02},
+        "boundary-shrink": PIXELS,
         "random-label": SEQUENTIAL,
         "salun": SEQUENTIAL,
         "scrub": {
@@ -108,6 +112,7 @@ mnist_random = Workload(
         "fisher-forgetting": {"alpha": 2e-7, "samples": 300},
         "gradient-ascent": {"epochs": 5, "lr": 1e-4},
         "neggrad-plus": {"epochs": 4, "lr": 0.02},
+        "boundary-shrink": PIXELS,
         "random-label": {"epochs": 4, "lr": 0.03, "order": "joint"},
         "salun": {"epochs": 4, "lr": 0.03, "order": "joint"},
         "scrub": {

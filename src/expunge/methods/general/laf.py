@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from expunge.core.data import Batch
-from expunge.core.errors import ExpungeError, NeedsError, SettingError
+from expunge.core.errors import NeedsError, SettingError
 from expunge.core.needs import Card, Deviation, Labels, Needs
 from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
+from expunge.train.features import Features, original_features
 from expunge.train.fit import Pass
 from expunge.train.masks import Mask, only
 from expunge.train.method import Training
@@ -103,7 +104,7 @@ class LAF(Training):
         if runtime.processes > 1:
             raise NeedsError("laf contrasts whole batches and runs in one process")
         stages = Stages(self, view.model(), view, runtime)
-        known = original_features(view, runtime)
+        known = original_features(view)
         retain = view.everything if self.remain_vae == "all" else view.retain
         h = self.model_features(stages, "laf retain vae", known, retain.ids, runtime)
         q = self.model_features(stages, "laf forget vae", known, view.forget.ids, runtime)
@@ -115,11 +116,8 @@ class LAF(Training):
         steps = stages.steps - vae_steps
         if self.repair:
             self._repair(stages, view, runtime)
-        features = known[1]
-        return stages.outcome(
-            vae_steps=vae_steps, unlearning_steps=steps,
-            zero_features=float((features == 0).all(1).float().mean()),
-        )  # fmt: skip
+        empty = float((known.values == 0).all(1).float().mean())  # their cosine means nothing
+        return stages.outcome(vae_steps=vae_steps, unlearning_steps=steps, zero_features=empty)
 
     def model_features(
         self, stages: Stages, name: str, known: Features, ids: Tensor, runtime: Runtime
@@ -138,7 +136,7 @@ class LAF(Training):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(runtime.seed_for(name))
-            vae = VAE(known[1].shape[1], self.latent, self.decoder)
+            vae = VAE(known.values.shape[1], self.latent, self.decoder)
 
         def loss(vae: nn.Module, batch: Batch) -> Tensor:
             return vae_loss(vae, batch.x["features"], batch.x["noise"], self.kl_weight)
@@ -147,7 +145,7 @@ class LAF(Training):
             order = ids[torch.randperm(len(ids), generator=runtime.generator(name, epoch))]
             for index, chunk in enumerate(order.split(self.batch_size)):
                 noise = self._noise(len(chunk), runtime, name, epoch, index)
-                x = {"features": rows(known, chunk).to(noise), "noise": noise}
+                x = {"features": known.of(chunk).to(noise), "noise": noise}
                 yield loss, Batch(x, None, chunk, len(chunk))
 
         stages.run(
@@ -167,7 +165,7 @@ class LAF(Training):
 
         def align(model: nn.Module, pair: tuple[Batch, Batch]) -> Tensor:
             distances = [
-                1 - cosine_similarity(e, rows(known, batch.ids).to(e))
+                1 - cosine_similarity(e, known.of(batch.ids).to(e))
                 for e, batch in zip(self._features(view, model, pair), pair, strict=True)
             ]
             return alignment_loss(distances[0], distances[1], self.temperature)
@@ -224,32 +222,6 @@ class LAF(Training):
             "laf repair", passes, epochs=self.repair_epochs, lr=self.repair_lr, step="adam",
             mask=mask, norm="frozen",
         )  # fmt: skip
-
-
-Features = tuple[Tensor, Tensor]
-"""Ids of all training samples, ascending, and the original's features of them, float32 on CPU."""
-
-
-@torch.no_grad()
-def original_features(view: View, runtime: Runtime, batch_size: int = 256) -> Features:
-    """Features [N, d] of the original model, read once.
-
-    Raises:
-        ExpungeError: they are not finite.
-    """
-    model, everything = view.original(), view.everything
-    found = [
-        view.penultimate(model, batch).float().cpu() for batch in everything.batches(batch_size)
-    ]
-    features = torch.cat(found)
-    if not bool(features.isfinite().all()):
-        raise ExpungeError("LAF: the original's features are NaN or infinite on the training data")
-    return everything.ids, features
-
-
-def rows(known: Features, ids: Tensor) -> Tensor:
-    """Features of some samples, in their order."""
-    return known[1][torch.searchsorted(known[0], ids.cpu())]
 
 
 def extractor_loss(kept: Tensor, gone: Tensor) -> Tensor:

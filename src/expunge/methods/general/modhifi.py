@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from expunge.core.errors import ExpungeError, NeedsError
+from expunge.core.errors import SettingError
 from expunge.core.method import Method
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.outcome import Outcome
@@ -86,6 +86,17 @@ class ModHiFiU(Method):
     samples: int = setting(512, "forget samples looked at, at most", low=1, source="derived")
     batch_size: int = setting(128, "samples a batch; no influence on the result", low=1)
 
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            SettingError: no share or no layer is named.
+        """
+        super().__post_init__()
+        for name in ("budget", "layers"):
+            if not getattr(self, name):
+                raise SettingError(f"ModHiFi-U: {name} is empty; name at least one")
+
     @property
     def needs(self) -> Needs:
         """Inputs of the forget data, and nothing else."""
@@ -127,18 +138,12 @@ class ModHiFiU(Method):
         )
 
     def order(self, found: Contributions) -> Tensor:
-        """Positions, best first: of inputs [C_in], or of entries of the flat weight [C_out · C_in].
-
-        Raises:
-            ExpungeError: what the layer reads is not finite.
-        """
+        """Positions, best first: of inputs [C_in], or of entries of the flat weight [C_out · C_in]."""
         if self.unit == "inputs":
             scores = found.channels(self.score)
         else:
             energy = found.products()[2].clamp_min(0)
             scores = (found.singleton() * energy[:, None]).flatten()
-        if not bool(scores.isfinite().all()):
-            raise ExpungeError("ModHiFi-U: what a layer reads is NaN or infinite")
         return scores.argsort(descending=True, stable=True)
 
     def _remove(self, module: nn.Module, found: Contributions, order: Tensor, share: float) -> int:
@@ -164,15 +169,9 @@ class ModHiFiU(Method):
         return float(runtime.sum(same)) / len(source)
 
     def _layers(self, view: View, model: nn.Module) -> list[str]:
-        """Module names, roles resolved.
-
-        Raises:
-            NeedsError: none were named.
-        """
+        """Module names, roles resolved."""
         there = dict(model.named_modules())
         names = [n for one in self.layers for n in ([one] if one in there else view.role(one))]
-        if not names:
-            raise NeedsError("modhifi-u edits the layers it is told to; pass layers=")
         return list(dict.fromkeys(names))
 
 

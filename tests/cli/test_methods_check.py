@@ -129,7 +129,7 @@ def test_a_bad_one_is_caught(name, fails, capsys, monkeypatch):
     from expunge.suite import checks
 
     code, results, err = check(name, capsys, monkeypatch)
-    checks.bench_problem.cache_clear()  # the vandal changed it
+    checks.problem_for.cache_clear()  # the vandal changed it
     assert code == 1
     assert results[fails][0] == "fail", results
     assert fails in err

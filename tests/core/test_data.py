@@ -273,5 +273,5 @@ def test_joined_batches_keep_ids_labels_and_totals():
 def test_tables_hold_what_where_may_name():
     data = Data((X, Y), ids=IDS, names=list("abcdef"), columns={"age": range(6)})
     table = data.table()
-    assert sorted(table) == ["age", "id", "label", "name"]
+    assert sorted(table) == ["age", "id", "label", "name", "y"]
     assert table["id"].tolist() == IDS.tolist()

@@ -16,8 +16,7 @@ stream of forward passes is enough: no gradient, no loss, no labels.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,58 +114,50 @@ class Contributions:
 
 
 def contributions(
-    model: nn.Module,
-    layers: Sequence[str],
-    batches: Iterable[Batch],
-    forward: Callable[[Batch], Any],
-) -> dict[str, Contributions]:
-    """Run samples through the model and sum the moments of what some layers read.
+    model: nn.Module, layer: str, batches: Iterable[Batch], forward: Callable[[Batch], Any]
+) -> Contributions:
+    """Run samples through the model and sum the moments of what one layer reads.
 
     Args:
         model: in eval mode.
-        layers: names of linear or ungrouped 2-D convolution layers; further dimensions of a linear
+        layer: name of a linear or ungrouped 2-D convolution layer; further dimensions of a linear
             layer's input (tokens) count as samples.
         batches: read once.
         forward: runs the model on a batch.
 
     Returns:
-        The contributions by layer; weights as they were before the passes.
+        The contributions; the weight in it is as it was before the passes.
 
     Raises:
-        NeedsError: a layer is of another kind.
-        ModelError: a layer does not exist, or is not run.
-        ExpungeError: what a layer reads is not finite.
+        NeedsError: the layer is of another kind.
+        ModelError: the layer does not exist, or is not run.
+        ExpungeError: what it reads is not finite.
     """
-    modules = dict(model.named_modules())
-    found: dict[str, Contributions] = {}
-    for layer in layers:
-        if layer not in modules:
-            raise ModelError(f"the model has no layer {layer!r}")
-        weight = split_weight(layer, modules[layer])
-        size = weight.shape[1] * weight.shape[2]
-        found[layer] = Contributions(weight, weight.new_zeros(size, size, dtype=torch.float64), 0)
+    module = dict(model.named_modules()).get(layer)
+    if module is None:
+        raise ModelError(f"the model has no layer {layer!r}")
+    weight = split_weight(layer, module)
+    size = weight.shape[1] * weight.shape[2]
+    moment = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
+    seen = 0
 
-    def read(layer: str, module: nn.Module, given: tuple[Any, ...]) -> None:
+    def read(_module: nn.Module, given: tuple[Any, ...]) -> None:
+        nonlocal seen
         columns = _columns(module, given[0].detach()).double()
-        before = found[layer]
-        now = Contributions(before.weight, columns.T @ columns, len(columns))
-        found[layer] = before.joined(now)
+        moment.addmm_(columns.T, columns)
+        seen += len(columns)
 
-    handles = [
-        modules[layer].register_forward_pre_hook(functools.partial(read, layer)) for layer in found
-    ]
+    handle = module.register_forward_pre_hook(read)
     try:
         for batch in batches:
             forward(batch)
     finally:
-        for handle in handles:
-            handle.remove()
-    for layer, one in found.items():
-        if not one.samples:
-            raise ModelError(f"layer {layer!r} was not run by the model")
-        if not bool(one.moment.isfinite().all()):
-            raise ExpungeError(f"what layer {layer!r} reads is NaN or infinite")
-    return found
+        handle.remove()
+    if not seen:
+        raise ModelError(f"layer {layer!r} was not run by the model")
+    if not bool(moment.isfinite().all()):
+        raise ExpungeError(f"what layer {layer!r} reads is NaN or infinite")
+    return Contributions(weight, moment, seen)
 
 
 def split_weight(layer: str, module: nn.Module) -> Tensor:
@@ -195,3 +186,28 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # unfolding has no half precision
     patches = F.unfold(wide, module.kernel_size, **how)  # type: ignore[arg-type]
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+
+
+@torch.no_grad()
+def keep_inputs(
+    module: nn.Module, found: Contributions, kept: Tensor, compensate: bool = True
+) -> None:
+    r"""Prune a layer to some of its inputs (ModHiFi-P), in place: the others' weights become 0.
+
+    Kept weights are rescaled, \(W_{ci} \leftarrow \delta^*_{ci} W_{ci}\), with the scales of the kept
+    set: without them a selection by fidelity can be worse than a random one.
+
+    Args:
+        module: the layer `found` was measured on.
+        found: its contributions.
+        kept: positions [k] of the inputs that stay.
+        compensate: rescale.
+    """
+    new = torch.zeros_like(found.weight)
+    for output in range(len(new)):
+        scales: Tensor | float = 1.0
+        if compensate:
+            scales = found.fidelity(output, kept)[1][:, None].to(new.dtype)
+        new[output, kept] = found.weight[output, kept] * scales
+    assert isinstance(module.weight, Tensor)
+    module.weight.copy_(new.reshape(module.weight.shape))

@@ -49,6 +49,7 @@ _PUBLIC = {
     "prepare": "expunge.core.method",
     "prune": "expunge.train.prune",
     "setting": "expunge.core.settings",
+    "suggest": "expunge.suite.suggest",
     "tune": "expunge.suite.tune",
     "unlearn": "expunge.core.method",
 }
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from expunge.problems.regression import Regression
     from expunge.store import Store
     from expunge.suite.compare import Comparison, audit, compare
+    from expunge.suite.suggest import suggest
     from expunge.suite.tune import tune
     from expunge.train.prune import prune
     from expunge.train.recipe import ClassifierRecipe, RegressorRecipe

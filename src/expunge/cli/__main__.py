@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from expunge.cli import audits, demo, methods, report, runs, suite, tune, work, workloads
+from expunge.cli import audits, demo, methods, report, runs, suggest, suite, tune, work, workloads
 
 app = typer.Typer(
     help="Remove the influence of chosen data from trained models, and show how far it got.",
@@ -20,6 +20,7 @@ app.command("demo")(demo.demo)
 app.command("unlearn")(work.unlearn)
 app.command("audit")(work.audit)
 app.command("compare")(work.compare)
+app.command("suggest")(suggest.suggest)
 app.command("tune")(tune.tune)
 app.command("reproduce")(work.reproduce)
 app.command("report")(report.report)

@@ -49,6 +49,18 @@ class Method(Configured):
         """What this method touches, with these settings."""
         raise NotImplementedError
 
+    def check(self, problem: Problem, request: Request) -> None:
+        """Complain before any work where these settings cannot answer this request.
+
+        Args:
+            problem: the model and its data.
+            request: what to forget; a method for whole classes, say, looks at its form.
+
+        Raises:
+            UserError: a need is missing, and how to give it; or the request is not for it.
+        """
+        self.needs.check(self.name, problem)
+
     def preparation_settings(self) -> dict[str, Any]:
         """The settings that what is prepared depends on; all of them unless a method says less."""
         return self.in_force()
@@ -164,7 +176,7 @@ def unlearn(
     runtime = runtime or Runtime()
     problem.check()
     needs = method.needs
-    needs.check(method.name, problem)
+    method.check(problem, request)
     view = View(problem, request, needs, runtime)
     if prepared is not None and prepared.key != prepared_key(problem, method, runtime):
         raise UserError(

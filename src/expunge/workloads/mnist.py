@@ -86,6 +86,7 @@ mnist_class = Workload(
         "boundary-shrink": PIXELS,
         "random-label": SEQUENTIAL,
         "salun": SEQUENTIAL,
+        "laf": {"lr": 2e-4, "lr_alignment": 1e-3, "epochs": 10},
         "scrub": {
             "epochs": 3,
             "max_epochs": 1,

@@ -20,6 +20,8 @@ from expunge.core.data import Batch
 from expunge.core.errors import SettingError
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.outcome import Outcome
+from expunge.core.problem import Problem
+from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
@@ -132,6 +134,12 @@ class ConceptPoison(Training):
     def _donates(self) -> bool:
         return self.labeller == "targeted" or self.poisoner != "none"
 
+    def check(self, problem: Problem, request: Request) -> None:
+        """Also complain about patches for what is no image."""
+        super().check(problem, request)
+        if self.poisoner != "none":
+            images_of(problem.train.fetch(problem.train.ids[:1]), self.name)
+
     def run(self, view: View, runtime: Runtime) -> Outcome:
         """Poison once with the original model, then train on both sides shuffled together."""
         model = view.model().eval()
@@ -152,12 +160,7 @@ class ConceptPoison(Training):
     def poison(
         self, view: View, model: nn.Module, runtime: Runtime
     ) -> tuple[Poison, dict[str, Any]]:
-        """Decide label and patches of each forget sample.
-
-        Args:
-            view: both sides.
-            model: the original in eval mode; left as it is.
-            runtime: draws labels, donor images and random places.
+        """Decide label and patches of each forget sample with the original model in eval mode.
 
         Returns:
             The poison, and the donors and concepts it rests on.

@@ -20,6 +20,8 @@ from expunge.core.data import Batch, map_inputs
 from expunge.core.errors import ExpungeError, NeedsError
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.outcome import Outcome
+from expunge.core.problem import Problem
+from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
@@ -72,6 +74,11 @@ class UNSIR(Training):
         """Retain data with labels; forget data only for a saliency mask."""
         salient = self.reads_forget_labels()
         return Needs(retain=True, forget=salient, labels="all" if salient else "retain")
+
+    def check(self, problem: Problem, request: Request) -> None:
+        """Also complain about requests for anything but whole classes."""
+        super().check(problem, request)
+        named_classes(request)
 
     def run(self, view: View, runtime: Runtime) -> Outcome:
         """Shape the noise, impair, repair."""
@@ -166,11 +173,16 @@ def forgotten_classes(view: View) -> list[int]:
     Raises:
         NeedsError: it names something else; noise stands for a class, not for samples.
     """
-    if view.request.label is None:
+    return named_classes(view.request)
+
+
+def named_classes(request: Request) -> list[int]:
+    """The classes of a request, sorted; raises `NeedsError` if it names something else."""
+    if request.label is None:
         raise NeedsError(
             "unsir forgets whole classes; ask for them by label=, or use another method"
         )
-    return sorted(set(view.request.label))
+    return sorted(set(request.label))
 
 
 def _rows(batch: Batch, rows: Tensor, runtime: Runtime) -> Batch:

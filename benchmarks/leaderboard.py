@@ -39,7 +39,7 @@ TOO_DEAR = dict.fromkeys(
 """Methods that run on the digits only."""
 
 
-def suited(problem: xp.Problem) -> tuple[list[str], dict[str, str]]:
+def suited(problem: xp.Problem, request: xp.Request) -> tuple[list[str], dict[str, str]]:
     """Methods whose needs this problem meets, and why the others are left out."""
     fit, left = [], dict(TOO_DEAR) if problem.name.startswith("mnist") else {}
     for name in methods:
@@ -48,7 +48,7 @@ def suited(problem: xp.Problem) -> tuple[list[str], dict[str, str]]:
             continue
         method = cls.create(problem.tuned.get(name, {}))
         try:
-            method.needs.check(name, problem)
+            method.check(problem, request)
         except ExpungeError as error:
             left[name] = str(error)
         else:
@@ -80,7 +80,7 @@ def main() -> None:
     found, left_out = [], {}
     for workload in arguments.workloads:
         problem, request = bench.workload(workload), workloads.get(workload).request
-        names, left_out[workload] = suited(problem)
+        names, left_out[workload] = suited(problem, request)
         chosen = []
         for name in arguments.methods or names:
             if name not in names:

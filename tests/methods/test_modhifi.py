@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -10,11 +11,12 @@ from torch import nn
 
 import expunge as xp
 from expunge.core.data import Batch
-from expunge.core.errors import AccessError, ModelError, NeedsError, SettingError
+from expunge.core.errors import AccessError, ExpungeError, ModelError, NeedsError, SettingError
 from expunge.core.view import View
 from expunge.curvature.fidelity import Contributions, contributions, keep_inputs
 from expunge.methods.general.modhifi_u import ModHiFiU
 from expunge.suite.checks import bench_problem
+from expunge.train.hifi_prune import prune_inputs
 
 REQUEST = xp.forget(label=3)
 
@@ -177,6 +179,106 @@ def test_modhifi_other_layers_are_refused():
         measured(nn.Conv2d(4, 4, 3, groups=2), draw(2, 4, 5, 5))
     with pytest.raises(ModelError, match="nowhere"):
         contributions(nn.Sequential(), "nowhere", [], lambda b: None)
+
+
+def test_modhifi_scales_nearest_to_one_where_there_is_a_choice():
+    """Dead inputs keep their weights, twins share, a dead output loses nothing."""
+    x = draw(40, 4) + 0.5
+    x[:, 3] = 0
+    x[:, 1] = x[:, 0]
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 2)
+    with torch.no_grad():
+        layer.weight[:, 1] = layer.weight[:, 0]
+    found = measured(layer, x)
+    whole, scales = found.fidelity(0, torch.arange(4))
+    assert whole == pytest.approx(1.0) and scales.allclose(torch.ones(4).double())
+    _, scales = found.fidelity(0, torch.tensor([0, 2, 3]))
+    assert float(scales[0]) == pytest.approx(2.0) and float(scales[2]) == 1.0
+
+
+def test_modhifi_scores_do_not_compare_rows_of_other_sizes():
+    layer, x = nn.Linear(6, 4), draw(50, 6) + 0.5
+    s = measured(layer, x).singleton()
+    with torch.no_grad():
+        layer.weight[1] *= 1e-8
+    assert measured(layer, x).singleton().allclose(s, atol=1e-6)
+
+
+def test_modhifi_contributions_hold_the_weight_of_their_time():
+    layer, x = nn.Linear(6, 4), draw(50, 6)
+    found = measured(layer, x)
+    before = found.weight.clone()
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert torch.equal(found.weight, before)
+
+
+def test_modhifi_refuses_what_is_not_finite():
+    x = draw(5, 6)
+    x[2, 1] = float("inf")
+    with pytest.raises(ExpungeError, match="NaN or infinite"):
+        measured(nn.Linear(6, 4), x)
+
+
+def test_modhifi_p_keeps_the_best_inputs_and_helps():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    batch, errors = batch_of(draw(200, 8) + 0.5), {}
+    for compensate in (False, True):
+        pruned = copy.deepcopy(net)
+        kept = prune_inputs(
+            pruned, ["2", "4"], lambda: [batch], lambda b, m=pruned: m(b.x), keep=0.5,
+            compensate=compensate,
+        )  # fmt: skip
+        assert {n: len(k) for n, k in kept.items()} == {"2": 8, "4": 8}
+        scores = contributions(net, "2", [batch], lambda b: net(b.x)).channels()
+        assert set(kept["2"].tolist()) == set(scores.topk(8).indices.tolist())
+        for name, places in kept.items():
+            columns = pruned.get_submodule(name).weight.ne(0).any(0)
+            assert torch.equal(columns.nonzero()[:, 0], places)
+        with torch.no_grad():
+            errors[compensate] = float((pruned(batch.x) - net(batch.x)).square().mean())
+    assert errors[True] < 0.5 * errors[False]
+    for share in (0.0, 1.1):
+        with pytest.raises(SettingError, match="keep"):
+            prune_inputs(net, ["2"], lambda: [batch], lambda b: net(b.x), keep=share)
+
+
+def test_modhifi_p_keeping_all_changes_nothing():
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    pruned, batch = copy.deepcopy(net), batch_of(draw(50, 8))
+    prune_inputs(pruned, ["0", "2"], lambda: [batch], lambda b: pruned(b.x), keep=1.0)
+    for name, value in net.state_dict().items():
+        assert value.allclose(pruned.state_dict()[name], atol=1e-5)
+
+
+def test_modhifi_tokens_of_a_vit_are_samples():
+    """The second feed-forward matrix of a ViT: every token counts, and pruning runs through it."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    vit = ViTForImageClassification(
+        ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                  image_size=8, patch_size=4, num_channels=1, num_labels=4)
+    ).eval()  # fmt: skip
+    (layer,) = [
+        n for n, m in vit.named_modules()
+        if isinstance(m, nn.Linear) and (m.in_features, m.out_features) == (24, 16) and ".0." in n
+    ]  # fmt: skip
+    x, read = draw(6, 1, 8, 8), []
+    handle = vit.get_submodule(layer).register_forward_pre_hook(lambda _m, a: read.append(a[0]))
+    with torch.no_grad():
+        found = contributions(vit, layer, [batch_of(x)], lambda b: vit(b.x))
+        handle.remove()
+        tokens = read[0].reshape(-1, 24).double()
+    assert found.samples == len(tokens) == 6 * 5  # four patches and the class token
+    assert found.moment.allclose(tokens.T @ tokens)
+    for c in (0, 7):
+        a = tokens * vit.get_submodule(layer).weight[c].detach().double()
+        assert found.gram(c).allclose(a.T @ a)
+    kept = prune_inputs(vit, [layer], lambda: [batch_of(x)], lambda b: vit(b.x), keep=0.5)
+    assert len(kept[layer]) == 12
 
 
 # ---------------------------------------------------------------- ModHiFi-U

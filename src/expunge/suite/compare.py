@@ -117,7 +117,7 @@ def compare(
     specs = [m for m in methods if m not in ("retrain", "original")]
     made = [make_method(m, problem) for m in specs]
     for method, _ in made:
-        method.needs.check(method.name, problem)
+        method.check(problem, request)
     splits = problem.split(request)
     parts = None if strata is None else Strata.of(strata)
 

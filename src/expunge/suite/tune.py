@@ -185,7 +185,8 @@ def tune(
     _optuna()  # before any work
     base, _ = make_method(method, problem)
     problem.check()
-    base.needs.check(base.name, problem)
+    for one_request in (*requests, reported):
+        base.check(problem, one_request)
     if problem.recipe is None or references < 1:
         raise NeedsError("tune measures the distance to retrained models; pass recipe=")
     if not requests or not seeds:

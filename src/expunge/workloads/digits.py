@@ -60,7 +60,7 @@ digits_class = Workload(
             "temperature": 2.0,
             "decay_epochs": [],
         },
-        "laf": {"lr": 2e-4, "lr_alignment": 2e-3},
+        "laf": {"lr": 2e-4, "lr_alignment": 2e-3, "temperature": 5.0},
         "oracle-matching": {"oracles": 3, "epochs": 20, "lr": 2e-3, "batch_size": 64},
         "datamodel-matching": {
             "models": 200,

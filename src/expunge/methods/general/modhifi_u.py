@@ -33,9 +33,10 @@ class ModHiFiU(Method):
     name: ClassVar[str] = "modhifi-u"
     card: ClassVar[Card] = Card(
         title="ModHiFi: Identifying High Fidelity predictive components for Model Modification",
-        authors="Kashyap et al.",
+        authors="Dhruva Kashyap, Chaitanya Murti, Pranav K Nayak, Tanay Narshana, Chiranjib "
+        "Bhattacharyya",
         year=2025,
-        link="https://github.com/DhruvaKashyap/modhifi",
+        link="https://arxiv.org/abs/2511.19566",
         idea="Components that reproduce a layer's output on a class are the class; delete them.",
         intent="suppression",
         fidelity="variant",

@@ -12,7 +12,7 @@ from torch import nn
 
 import expunge as xp
 from expunge.core.data import Data
-from expunge.core.errors import AccessError, ExpungeError, SettingError, UnchangedError
+from expunge.core.errors import AccessError, ExpungeError, NeedsError, SettingError, UnchangedError
 from expunge.core.hashing import hash_model
 from expunge.core.method import unlearn
 from expunge.core.request import Request
@@ -281,6 +281,13 @@ def test_laf_resumes_in_every_stage(digits, tmp_path: Path, after):
     again = run(digits, method, **options)
     assert again.record["weights"] == whole.record["weights"]
     assert again.cost.gradients == whole.cost.gradients
+
+
+def test_laf_runs_in_one_process(digits, monkeypatch):
+    view = view_of(digits, LAF())
+    monkeypatch.setattr(Runtime, "processes", 2)
+    with pytest.raises(NeedsError, match="one process"):
+        LAF().run(view, Runtime())
 
 
 def test_laf_says_when_features_are_not_finite():

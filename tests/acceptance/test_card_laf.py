@@ -17,14 +17,11 @@ pytestmark = pytest.mark.acceptance
 
 CLASS = {
     "laf": {},
-    "alignment only": {"lr": 0.0},
     "extractor only": {"lr_alignment": 0.0},
     "lr ×4": {"lr": 2e-4},
-    "laf+r 100 %": {"repair": 1.0},
 }
 NOISY = {
     "laf": {},
-    "alignment only": {"lr": 0.0},
     "laf+r 10 %": {"repair": 0.1},
 }
 
@@ -35,9 +32,9 @@ class CNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(32 * 49, 256),
+            nn.Conv2d(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(32 * 16, 256),
         )  # fmt: skip
         self.head = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 10))
 
@@ -56,8 +53,8 @@ def problem_of(model: nn.Module, train: xp.Data) -> xp.Classification:
     return xp.Classification(model, train, splits().test, roles=head)
 
 
-def unlearned(problem: xp.Classification, request: xp.Request, settings) -> nn.Module:
-    runtime = xp.Runtime(seed=0, threads=1)
+def unlearned(problem, request, settings, checkpoint=None) -> nn.Module:
+    runtime = xp.Runtime(seed=0, threads=1, checkpoint=checkpoint)
     return xp.unlearn(problem, request, xp.methods.LAF(**settings), runtime=runtime).runnable()
 
 
@@ -104,14 +101,15 @@ def noisy_train() -> tuple[xp.Data, Tensor, Tensor]:
     return xp.Data((batch.x, labels), ids=ids), ids[rows], true[rows]
 
 
-def of_noise() -> dict[str, dict[str, float]]:
+def of_noise(folder) -> dict[str, dict[str, float]]:
     """The samples with a wrong label are to be forgotten."""
     train, wrong, true = noisy_train()
     request = xp.forget(ids=wrong.tolist())
     recipe = recipe_for(train)
     problem = problem_of(recipe(train.ids, 0), train)
     models = {"original": problem.model, "retrain": recipe(train.without(wrong), 1001)}
-    models |= {name: unlearned(problem, request, s) for name, s in NOISY.items()}
+    # both begin alike, and the second goes on from the first one's checkpoints
+    models |= {name: unlearned(problem, request, s, folder) for name, s in NOISY.items()}
     noisy, test = train.fetch(wrong), splits().test
     held = test.fetch(test.ids)
     return {
@@ -125,9 +123,9 @@ def of_noise() -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def seen():
+def seen(tmp_path_factory):
     """Both tasks; everything is written, whether it holds or not."""
-    found = {"class": of_class(), "noise": of_noise()}
+    found = {"class": of_class(), "noise": of_noise(tmp_path_factory.mktemp("noise"))}
     rows = [(s, " / ".join(f"{v:.3f}" for v in values), ok) for s, values, ok in expected(found)]
     write("laf", found, rows)
     return found
@@ -142,8 +140,8 @@ def expected(found):
     yield "noisy labels: test accuracy up by at least .015", [before, after], after >= before + 0.015  # fmt: skip
     wrecked = [of["lr ×4"][part] for part in ("retain-train", "forget-train")]
     yield (
-        "lr of the extractor × 4 wrecks the model: retain or forget training accuracy is far off "
-        "(card: .88 / .997)", wrecked, wrecked[0] < 0.95 or wrecked[1] > 0.5,
+        "lr of the extractor × 4 wrecks it: the class stays and the rest loses 3 points or more "
+        "(card: .88 / .997)", wrecked, wrecked[0] < retain - 0.03 and wrecked[1] > 0.5,
     )  # fmt: skip
     alone = [of["extractor only"][part] for part in ("retain-train", "forget-train")]
     yield "extractor steps alone cost retain accuracy (card: .757 / 1.0)", alone, alone[0] < retain - 0.05  # fmt: skip

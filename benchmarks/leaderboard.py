@@ -155,6 +155,7 @@ Made by `{command}`; do not edit. Every method got the same number of tuning tri
 than the one reported; the settings in force are in `benchmarks/results/leaderboard.json`. The distance is the mean
 absolute gap to retrained models over the accuracies on forgotten and kept data and the membership
 AUC; the dashed line in a picture is doing nothing. A method that forgets *more* than retraining is marked over-forgotten.
+Costs leave out what is prepared once for all requests (the datamodels). Settings tuned on one class need not carry over to another: that is part of the result.
 """
 
 

@@ -24,8 +24,8 @@ def subject():
 
 def test_cost_beside_retraining(subject, by_name):
     outcome = Outcome(None, cost=Cost(3.0, 120, 80, 2**20))
-    references = [subject(seconds=10.0), subject(seconds=14.0)]
-    found = by_name(CostAudit().run(subject(seconds=3.0, outcome=outcome), references, Runtime()))
+    references = [subject(cost=Cost(10.0)), subject(cost=Cost(14.0))]
+    found = by_name(CostAudit().run(subject(outcome=outcome), references, Runtime()))
     assert {n: f.value for n, f in found.items()} == {
         "cost/seconds": 3.0,
         "cost/ratio": 0.25,
@@ -39,9 +39,9 @@ def test_cost_beside_retraining(subject, by_name):
 
 
 def test_what_is_not_known_has_a_reason(subject, by_name):
-    found = by_name(CostAudit().run(subject(), [subject(seconds=1.0)], Runtime()))
+    found = by_name(CostAudit().run(subject(), [subject(cost=Cost(1.0))], Runtime()))
     assert {f.value for f in found.values()} == {None}
     assert all(f.reason for f in found.values())
-    found = by_name(CostAudit().run(subject(seconds=2.0), [subject()], Runtime()))
+    found = by_name(CostAudit().run(subject(cost=Cost(2.0)), [subject()], Runtime()))
     assert found["cost/seconds"].value == 2.0
     assert found["cost/ratio"].reason == "no retraining was timed"

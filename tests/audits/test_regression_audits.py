@@ -33,7 +33,7 @@ def subject(predictions, y=None, request=REQUEST):
     n = len(y) // 2
     x = torch.arange(len(y))
     p = xp.Regression(Table(y), (x[:n], y[:n]), (x[n:], y[n:]))
-    return xp.Subject(Table(predictions), p, request, xp.Runtime(), seconds=1.0)
+    return xp.Subject(Table(predictions), p, request, xp.Runtime(), cost=xp.Cost(seconds=1.0))
 
 
 def by_name(findings):

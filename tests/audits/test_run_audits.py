@@ -15,6 +15,7 @@ from expunge.audits.regression_error import RegressionError
 from expunge.audits.run import audit_list, run_audits
 from expunge.core.audit import Subject
 from expunge.core.errors import NeedsError, UserError
+from expunge.core.outcome import Cost
 from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime, Silent
@@ -53,7 +54,7 @@ def plain():
         nn.Linear(2, 1), (torch.randn(30, 2), torch.arange(30) % 2),
         each_loss=lambda m, b: m(b.x).squeeze(1).square(),
     )  # fmt: skip
-    return Subject(problem.model, problem, Request(label=1), Runtime(), seconds=1.0)
+    return Subject(problem.model, problem, Request(label=1), Runtime(), cost=Cost(seconds=1.0))
 
 
 def test_unmet_needs_are_a_reason_in_a_suite(plain, by_name):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from expunge.core.outcome import Cost
 from expunge.core.runtime import Budget, JsonLines, Runtime
 
 
@@ -62,6 +63,23 @@ def test_inner_work_counts_for_the_outer():
     assert (outer.samples, outer.gradients) == (15, 4)
     assert 0.02 <= inner.seconds <= outer.seconds < 5
     assert runtime.cost.samples == 15
+
+
+def test_cpu_seconds_leave_out_waiting():
+    with Runtime(device="cpu").metered() as cost:
+        time.sleep(0.2)
+        sum(range(2_000_000))
+    assert 0 < cost.processor < cost.seconds - 0.1
+
+
+def test_cost_ratio_is_of_cpu_seconds_if_all_were_counted():
+    ours, theirs = (
+        Cost(seconds=9.0, processor=1.0),
+        [Cost(8.0, processor=4.0), Cost(8.0, processor=6.0)],
+    )
+    assert ours.ratio(theirs) == pytest.approx(0.2)
+    assert ours.ratio([*theirs, Cost(seconds=11.0)]) == pytest.approx(1.0)  # wall seconds: 9 to 9
+    assert ours.ratio([]) is None and Cost().ratio([Cost()]) is None
 
 
 def test_counters_survive_a_failure():

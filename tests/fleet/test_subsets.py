@@ -52,10 +52,14 @@ def test_masks_have_one_size_and_are_their_own():
         random_masks(2, 3, 0.1, Runtime())
 
 
-@pytest.mark.parametrize("step", ["sgd", "adam", "adamw"])
-def test_together_is_one_by_one(step):
+@pytest.mark.parametrize(
+    "settings",
+    [{"step": "sgd"}, {"step": "adam"}, {"step": "adamw"}, {"schedule": "constant"}],
+    ids=str,
+)
+def test_together_is_one_by_one(settings):
     """Same initialisation, batches, schedule and optimiser; only the rounding differs."""
-    recipe = small(step=step, weight_decay=0.01)
+    recipe = small(**settings, weight_decay=0.01)
     keeps = keeps_of(recipe)
     together = train_together(recipe, keeps, SEEDS, Runtime())
     for model, keep, seed in zip(together, keeps, SEEDS, strict=True):
@@ -75,6 +79,7 @@ def test_what_cannot_be_stacked_is_trained_one_by_one():
     assert group_size(small(), mlp()) > 1
     assert group_size(small(norm), norm()) == group_size(small(drop), drop()) == 1
     assert group_size(lambda keep, seed: mlp(), mlp()) == 1
+    assert group_size(small(restriction=0.1), mlp()) == 1
     recipe = small(norm)
     keeps = keeps_of(recipe)
     made = list(train_many(problem(recipe), keeps, SEEDS, Runtime(), "t"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from typing import ClassVar
 
 import pytest
 
@@ -11,6 +12,7 @@ import expunge as xp
 from expunge.core.audit import Finding
 from expunge.core.errors import Interrupted, NeedsError, SettingError, UserError
 from expunge.core.runtime import Runtime
+from expunge.methods import registry
 from expunge.suite.space import space_of
 from expunge.suite.suite import suite_from
 from expunge.suite.tune import apart, keep_apart, terms, write_tuning
@@ -238,3 +240,25 @@ def test_without_optuna_it_says_what_to_install(digits, store, monkeypatch):
     monkeypatch.setattr("expunge.suite.bench.Bench.references", None)  # nothing is trained first
     with pytest.raises(UserError, match=r"expunge\[tune\]"):
         search(digits, store, 7)
+
+
+def test_space_is_what_the_method_names_or_all_its_numbers():
+    ssd = space_of(xp.methods.SSD())
+    assert ssd["alpha"] == {"low": 1.0, "high": 10.0, "log": True, "whole": False}
+    assert set(ssd) == {"alpha", "lam"}  # alpha is a word by default, and still searched
+    assert set(space_of(xp.methods.SCRUB())) == {"epochs", "lr", "max_epochs"}
+    assert space_of(xp.methods.ModHiFiU())["contrast"] == {"choices": [False, True]}
+
+    class Plain(xp.methods.SCRUB):
+        search: ClassVar = {}
+
+    assert {"gamma", "alpha", "temperature", "lr"} <= set(space_of(Plain()))
+
+
+@pytest.mark.parametrize("name", list(registry))
+def test_every_setting_a_method_names_to_search_is_one_of_its_own(name):
+    cls = registry.get(name)
+    assert set(cls.search) <= {s["name"] for s in cls.describe_settings()}
+    for setting, given in cls.search.items():
+        for value in given if isinstance(given, list) else (given or ())[:2]:
+            assert getattr(cls(**{setting: value}), setting) == value

@@ -59,6 +59,13 @@ def test_half_a_training_is_no_reference(data):
         recipe(data.ids, 1)
 
 
+def test_schedules_are_half_a_cosine_or_none(recipe):
+    assert [recipe.rate(e) for e in range(3)] == pytest.approx([1, 0.75, 0.25])
+    constant = replace(recipe, schedule="constant")
+    assert [constant.rate(e) for e in range(3)] == [1, 1, 1]
+    assert not states_equal(recipe(recipe.data.ids, 1), constant(recipe.data.ids, 1))
+
+
 def test_keys_tell_recipes_apart(recipe, data):
     other = Data((data.fetch(data.ids).x + 1, data.labels), ids=data.ids)
     recipes = [
@@ -66,6 +73,8 @@ def test_keys_tell_recipes_apart(recipe, data):
         replace(recipe, epochs=4),
         replace(recipe, lr=0.06),
         replace(recipe, threads=2),
+        replace(recipe, schedule="constant"),
+        replace(recipe, restriction=0.1),
         replace(recipe, data=other),
         replace(recipe, build=lambda: perceptron(6)),
         replace(recipe, build=lambda: perceptron(7)),

@@ -18,7 +18,8 @@ class CostAudit(Audit):
     """Wall seconds, samples touched, gradient evaluations, peak memory, ratio to retraining.
 
     A gradient evaluation is one sample in one backward pass; peak memory is the growth over the
-    start of the run, in bytes. Lower is better; RTE of the literature is `seconds` in minutes.
+    start of the run, in bytes; the ratio is `Cost.ratio`. Lower is better; RTE of the literature
+    is `seconds` in minutes.
     """
 
     name: ClassVar[str] = "cost"
@@ -40,32 +41,21 @@ class CostAudit(Audit):
         self, subject: Subject, references: Sequence[Subject], runtime: Runtime
     ) -> list[Finding]:
         """Five findings; without a run behind the model they say so."""
-        seconds = [r.seconds for r in references if r.seconds is not None]
-        retraining = float(np.mean(seconds)) if any(seconds) else None
-        none = "the model was given, not made by a run"
-        findings = [
-            Finding(
-                "cost/seconds",
-                subject.seconds,
-                "down",
-                reference=retraining,
-                reason=none if subject.seconds is None else None,
-            )
+        mine = subject.cost
+        if mine is None:
+            reason = "the model was given, not made by a run"
+            return [Finding(f"cost/{n}", None, "down", reason=reason) for n in NAMES]
+        retraining = [r.cost for r in references if r.cost is not None and r.cost.seconds]
+        ratio = mine.ratio(retraining)
+        mean = float(np.mean([c.seconds for c in retraining])) if retraining else None
+        why = None if ratio is not None else "no retraining was timed"
+        return [
+            Finding("cost/seconds", mine.seconds, "down", reference=mean),
+            Finding("cost/ratio", ratio, "down", reference=ratio and 1.0, reason=why),
+            Finding("cost/samples", float(mine.samples), "down"),
+            Finding("cost/gradients", float(mine.gradients), "down"),
+            Finding("cost/peak-memory", float(mine.peak_bytes), "down"),
         ]
-        if subject.seconds is None:
-            findings.append(Finding("cost/ratio", None, "down", reason=none))
-        elif retraining is None:
-            findings.append(Finding("cost/ratio", None, "down", reason="no retraining was timed"))
-        else:
-            ratio = subject.seconds / retraining
-            findings.append(Finding("cost/ratio", ratio, "down", reference=1.0))
-        cost = getattr(subject.outcome, "cost", None)
-        for name, attribute in (
-            ("samples", "samples"),
-            ("gradients", "gradients"),
-            ("peak-memory", "peak_bytes"),
-        ):
-            value = None if cost is None else float(getattr(cost, attribute))
-            why = none if value is None else None
-            findings.append(Finding(f"cost/{name}", value, "down", reason=why))
-        return findings
+
+
+NAMES = ("seconds", "ratio", "samples", "gradients", "peak-memory")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.needs import Card, Needs
+from expunge.core.outcome import Cost
 from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
@@ -69,7 +70,7 @@ class Subject:
         request: Request,
         runtime: Runtime,
         *,
-        seconds: float | None = None,
+        cost: Cost | None = None,
         outcome: Any = None,
     ) -> None:
         """Keep a frozen copy of the released model.
@@ -79,14 +80,14 @@ class Subject:
             problem: what it is a model of.
             request: what it was asked to forget.
             runtime: device and progress.
-            seconds: what it cost to make, if known.
-            outcome: the run's outcome, if there is one (cost, curve).
+            cost: of making it, if known; an outcome brings its own.
+            outcome: the run's outcome, if there is one.
         """
         self.model = copy.deepcopy(model).to(runtime.device).eval().requires_grad_(False)
         self.problem = problem
         self.request = request
         self.runtime = runtime
-        self.seconds = seconds
+        self.cost = cost if outcome is None else outcome.cost
         self.outcome = outcome
         self._outputs: dict[tuple[str, str], Tensor] = {}
         self._whole: Subject | None = None

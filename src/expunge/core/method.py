@@ -31,6 +31,8 @@ class Method(Configured):
     Attributes:
         name: kebab-case name on the command line.
         domain: kind of problem it is for (`"general"`: any with the declared needs).
+        search: what tuning searches unless told otherwise: ranges or choices by setting (see
+            `expunge.suite.space`), None for a range around the value; empty: every number.
         card: paper, intent, guarantee, fidelity and deviations.
         may_leave_unchanged: whether returning the original weights can be right.
         prepares: whether it has something to compute before any request is known: `never`,
@@ -40,6 +42,7 @@ class Method(Configured):
 
     name: ClassVar[str]
     domain: ClassVar[str] = "general"
+    search: ClassVar[Mapping[str, Any]] = {}
     card: ClassVar[Card]
     may_leave_unchanged: ClassVar[bool] = False
     prepares: ClassVar[Literal["never", "optional", "always"]] = "never"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,14 +26,31 @@ if TYPE_CHECKING:
 class Cost:
     """What a run used: wall seconds, samples touched, per-sample gradient evaluations, memory.
 
-    `samples` counts every sample every time it is read; `gradients` counts one for each sample
-    in each backward pass; `peak_bytes` is the growth of memory over the start of the run.
+    `processor` are CPU seconds of the process where the CPU does all the work, and 0 where an
+    accelerator does; `samples` counts every sample every time it is read; `gradients` counts one
+    for each sample in each backward pass; `peak_bytes` is the growth of memory over the start.
     """
 
     seconds: float = 0.0
     samples: int = 0
     gradients: int = 0
     peak_bytes: int = 0
+    processor: float = 0.0
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Cost:
+        """The cost that a record holds."""
+        return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
+
+    def ratio(self, others: Sequence[Cost]) -> float | None:
+        """This cost over the mean of others, in time; None if they took none.
+
+        In CPU seconds if all were counted, which other programs on the machine disturb least,
+        else in wall seconds.
+        """
+        counted = all(c.processor for c in (self, *others))
+        times = [c.processor if counted else c.seconds for c in (self, *others)]
+        return times[0] * len(others) / sum(times[1:]) if sum(times[1:]) else None
 
 
 @dataclass(frozen=True)

@@ -194,12 +194,14 @@ class Runtime:
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
             held = torch.cuda.memory_allocated(self.device)
-        start, memory = time.perf_counter(), _PeakMemory()
+        start, worked, memory = time.perf_counter(), time.process_time(), _PeakMemory()
         try:
             with memory, self.own_threads():
                 yield inner
         finally:
             inner.seconds += time.perf_counter() - start
+            if self.device == "cpu":
+                inner.processor += time.process_time() - worked
             grown = memory.growth
             if self.device.startswith("cuda"):
                 grown = torch.cuda.max_memory_allocated(self.device) - held

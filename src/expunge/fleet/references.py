@@ -12,6 +12,7 @@ from expunge import __version__
 from expunge.core.errors import NeedsError
 from expunge.core.hashing import content_key, hash_model, hash_tensors
 from expunge.core.method import package_versions
+from expunge.core.outcome import Cost
 from expunge.core.problem import Problem, run_recipe
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
@@ -29,7 +30,7 @@ class Reference:
 
     model: nn.Module
     seed: int
-    seconds: float
+    cost: Cost
     run: str
     reused: bool
 
@@ -73,7 +74,7 @@ def reference(
     if found is not None:
         model = copy.deepcopy(problem.model)
         model.load_state_dict(store.tensors(found))
-        return Reference(model.eval(), seed, found.record["cost"]["seconds"], found.id, True)
+        return Reference(model.eval(), seed, Cost.read(found.record["cost"]), found.id, True)
     keep = problem.train.without(request.resolve(problem.train))
     with runtime.metered() as cost:
         model = run_recipe(problem.recipe, keep, seed, runtime).eval()
@@ -92,4 +93,4 @@ def reference(
         "cost": asdict(cost),
     }
     run = store.put_run(kind="reference", key=key, record=record, tensors=model.state_dict())
-    return Reference(model, seed, cost.seconds, run, False)
+    return Reference(model, seed, cost, run, False)

@@ -18,7 +18,6 @@ from torch.nn.functional import cross_entropy
 from expunge.core.errors import ExpungeError
 from expunge.core.problem import Recipe
 from expunge.core.runtime import Runtime
-from expunge.train.method import cosine
 from expunge.train.recipe import ClassifierRecipe
 from expunge.train.steps import make_optimizer
 
@@ -33,6 +32,8 @@ def group_size(recipe: Recipe, model: nn.Module, memory: int = MEMORY) -> int:
     have no form over stacked models that equals the single training.
     """
     if type(recipe) is not ClassifierRecipe or any(True for _ in model.buffers()):
+        return 1
+    if recipe.restriction:  # its gradient of a gradient is not in the step below
         return 1
     if any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.modules()):
         return 1
@@ -84,7 +85,7 @@ def train_together(
     losses = torch.zeros(len(own))
     for epoch in range(recipe.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * cosine(epoch, recipe.epochs)
+            group["lr"] = recipe.lr * recipe.rate(epoch)
         order = [
             torch.randperm(positions.shape[1], generator=r.generator("recipe", epoch)) for r in own
         ]

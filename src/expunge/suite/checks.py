@@ -25,7 +25,7 @@ from expunge.core.errors import AccessError, ExpungeError, Interrupted, NeedsErr
 from expunge.core.hashing import hash_model
 from expunge.core.method import Method, Prepared, prepare, prepared_key, unlearn
 from expunge.core.needs import Needs
-from expunge.core.outcome import Delta, Outcome, load
+from expunge.core.outcome import Cost, Delta, Outcome, load
 from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime, Silent
@@ -366,8 +366,8 @@ def _subjects(domain: str) -> tuple[Subject, Subject, Subject]:
     problem, request, runtime = problem_for(domain), request_for(domain), Runtime(threads=1)
     return (
         Subject(problem.model, problem, request, runtime),
-        Subject(reference_for(domain, 1001), problem, request, runtime, seconds=1.0),
-        Subject(reference_for(domain, 1002), problem, request, runtime, seconds=1.0),
+        Subject(reference_for(domain, 1001), problem, request, runtime, cost=Cost(seconds=1.0)),
+        Subject(reference_for(domain, 1002), problem, request, runtime, cost=Cost(seconds=1.0)),
     )
 
 

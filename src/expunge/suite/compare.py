@@ -128,7 +128,7 @@ def compare(
         for reference in bench.references(problem, request, references):
             trained.append((
                 reference,
-                Subject(reference.model, problem, request, runtime, seconds=reference.seconds),
+                Subject(reference.model, problem, request, runtime, cost=reference.cost),
             ))
             task.advance()
         original = Subject(problem.model, problem, request, runtime)
@@ -146,14 +146,14 @@ def compare(
                 bench.audit(subject, first.run, others, audits, parts),
                 trained,
             )
-            rows.append(row | {"seconds": first.seconds, "cost_ratio": 1.0, "guarantee": "exact"})
+            rows.append(
+                row | {"seconds": first.cost.seconds, "cost_ratio": 1.0, "guarantee": "exact"}
+            )
             task.advance()
         for (method, passed), seed in ((m, s) for m in made for s in seeds):
             outcome, run = bench.unlearn(problem, request, method, seed, passed)
             task.advance()
-            released = Subject(
-                outcome.released(), problem, request, runtime, seconds=outcome.cost.seconds, outcome=outcome
-            )  # fmt: skip
+            released = Subject(outcome.released(), problem, request, runtime, outcome=outcome)
             findings = bench.audit(released, run, trained, audits, parts)
             rows.append(_row(method.name, seed, run, outcome, findings, trained, method))
             task.advance()
@@ -163,7 +163,9 @@ def compare(
         "request": request.to_dict() | {"text": str(request)},
         "classes": getattr(problem, "classes", None),
         "splits": {k: len(v) for k, v in splits.items()},
-        "references": [{"run": r.run, "seed": r.seed, "seconds": r.seconds} for r, _ in trained],
+        "references": [
+            {"run": r.run, "seed": r.seed, "seconds": r.cost.seconds} for r, _ in trained
+        ],
         "rows": rows,
     }
     if parts is not None:
@@ -221,12 +223,8 @@ def audit(
         if isinstance(references, int)
         else list(references)
     )
-    subjects = [
-        (r, Subject(r.model, problem, request, bench.runtime, seconds=r.seconds)) for r in ready
-    ]
-    subject = Subject(
-        outcome.released(), problem, request, bench.runtime, seconds=outcome.cost.seconds, outcome=outcome
-    )  # fmt: skip
+    subjects = [(r, Subject(r.model, problem, request, bench.runtime, cost=r.cost)) for r in ready]
+    subject = Subject(outcome.released(), problem, request, bench.runtime, outcome=outcome)
     if run is None:
         run = bench.put_outcome(outcome, content_key(["outcome", outcome.record]))
     return bench.audit(subject, run, subjects, audits, parts)
@@ -242,14 +240,12 @@ def _row(
     method: Method | None = None,
 ) -> dict[str, Any]:
     cost = Cost() if outcome is None else outcome.cost
-    retraining = [r.seconds for r, _ in trained]
-    mean = sum(retraining) / len(retraining) if retraining else None
     return {
         "method": name,
         "seed": seed,
         "run": run,
         "seconds": cost.seconds,
-        "cost_ratio": cost.seconds / mean if mean else None,
+        "cost_ratio": cost.ratio([r.cost for r, _ in trained]),
         "intent": method.card.intent if method else None,
         "guarantee": method.card.guarantee if method else None,
         "fidelity": method.card.fidelity if method else None,

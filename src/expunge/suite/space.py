@@ -20,25 +20,21 @@ UNTOUCHED = ("batch_size", "momentum", "weight_decay", "step", "train", "norm", 
 def space_of(method: Method, space: Space | None = None) -> dict[str, Any]:
     """What to search, as JSON types: `{low, high, log, whole}` or `{choices}` by setting.
 
-    From the settings' own ranges where both ends are declared; else numbers above 0 from a tenth
-    to ten times their value on a log scale, and whole ones from half to twice. `space` goes before.
+    What the method's `search` names, or every number of a method that names none. Where no range
+    is given: the setting's own if both ends are declared, else from a tenth to ten times its value
+    on a log scale, and from half to twice if it is whole. `space` goes before.
 
     Raises:
         SettingError: a name is unknown, a range is none, or there is nothing to search.
     """
     known = {f.name: f for f in dataclasses.fields(method)}
     found: dict[str, Any] = {}
-    for name, field in known.items():
-        value, low, high = getattr(method, name), field.metadata.get("low"), field.metadata.get("high")  # fmt: skip
-        whole = isinstance(value, int)
-        if name in UNTOUCHED or isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if not whole and low is not None and high is not None:
-            found[name] = {"low": float(low), "high": float(high), "log": False, "whole": False}
-        elif value > 0 and math.isfinite(value):
-            ends = (max(1, value // 2), 2 * value) if whole else (value / 10, value * 10)
-            low, high = max(ends[0], low or 0), min(ends[1], math.inf if high is None else high)
-            found[name] = {"low": low, "high": high, "log": not whole, "whole": whole}
+    for name in method.search or [n for n in known if n not in UNTOUCHED]:
+        value, given = getattr(method, name), method.search.get(name)
+        if given is not None:
+            found[name] = _given(name, given, isinstance(value, int))
+        elif not isinstance(value, bool) and isinstance(value, (int, float)):
+            found |= _around(known[name], value)
     for name, given in (space or {}).items():
         if name not in known:
             raise SettingError(f"{method.name} has no setting {name!r}; it has {', '.join(known)}")
@@ -47,6 +43,18 @@ def space_of(method: Method, space: Space | None = None) -> dict[str, Any]:
     if not found:
         raise SettingError(f"{method.name} has no number to search; pass space={{setting: [...]}}")
     return found
+
+
+def _around(field: Any, value: float) -> dict[str, Any]:
+    """A range around the value of a setting, within what the setting allows."""
+    whole, low, high = isinstance(value, int), field.metadata.get("low"), field.metadata.get("high")
+    if not whole and low is not None and high is not None:
+        return {field.name: {"low": float(low), "high": float(high), "log": False, "whole": False}}
+    if not (value > 0 and math.isfinite(value)):
+        return {}
+    ends = (max(1, value // 2), 2 * value) if whole else (value / 10, value * 10)
+    low, high = max(ends[0], low or 0), min(ends[1], math.inf if high is None else high)
+    return {field.name: {"low": low, "high": high, "log": not whole, "whole": whole}}
 
 
 def _given(name: str, given: Sequence[Any], whole: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from expunge import __version__
 from expunge.core.audit import Finding
 from expunge.core.errors import StoreError
 from expunge.core.hashing import content_key, plain
+from expunge.core.outcome import Cost
 from expunge.core.request import Request
 from expunge.store import Run, Store
 from expunge.suite.compare import Comparison, finding_dict
@@ -85,7 +86,7 @@ def _row(run: Run, findings: Sequence[Finding], references: Sequence[Run]) -> di
     from expunge.methods import registry
 
     record = run.record
-    seconds = [r.record["cost"]["seconds"] for r in references]
+    retraining = [Cost.read(r.record["cost"]) for r in references]
     card = (
         registry.get(record["method"]["name"]).card
         if record["method"]["name"] in set(registry)
@@ -96,7 +97,7 @@ def _row(run: Run, findings: Sequence[Finding], references: Sequence[Run]) -> di
         "seed": run.seed,
         "run": run.id,
         "seconds": record["cost"]["seconds"],
-        "cost_ratio": record["cost"]["seconds"] * len(seconds) / sum(seconds) if seconds else None,
+        "cost_ratio": Cost.read(record["cost"]).ratio(retraining),
         "intent": card.intent if card else None,
         "guarantee": card.guarantee if card else None,
         "fidelity": card.fidelity if card else None,

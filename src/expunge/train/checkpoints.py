@@ -56,7 +56,7 @@ class Checkpoints:
             self._identity = content_key([stage, settings, runtime.seed, hash_model(model)])
         self._state: dict[str, Any] | None = None
         self._seen = hashlib.sha256()
-        self._start = time.monotonic()
+        self._start, self._worked = time.monotonic(), time.process_time()
         self.sound: dict[str, Tensor] | None = None
 
     def elapsed(self) -> float:
@@ -80,7 +80,9 @@ class Checkpoints:
         self._result.snapshots = state["snapshots"]
         self.sound = state["sound"]
         self._start -= state["seconds"]
+        self._worked -= state["processor"]
         self._runtime.cost.seconds += state["seconds"]  # `metered` adds what this process takes
+        self._runtime.cost.processor += state["processor"]
         self._state = state
         return state["epoch"], state["index"]
 
@@ -136,6 +138,7 @@ class Checkpoints:
                 "random": torch.get_rng_state(),
                 "random_device": torch.cuda.get_rng_state(device) if "cuda" in device else None,
                 "seconds": self.elapsed(),
+                "processor": (time.process_time() - self._worked) * (device == "cpu"),
                 "samples": self._runtime.cost.samples,
                 "gradients": self._runtime.cost.gradients,
                 "epoch": epoch,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -23,6 +23,8 @@ from expunge.train.steps import StepName
 @dataclass(frozen=True, kw_only=True)
 class Training(Method):
     """Base of methods that train: a method redeclares the defaults its paper gives."""
+
+    search: ClassVar[Mapping[str, Any]] = {"epochs": None, "lr": None}
 
     epochs: int = setting(5, "passes over the data, E", low=1)
     lr: float = setting(0.01, "learning rate, η", above=0)

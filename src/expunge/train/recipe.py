@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ class SupervisedRecipe:
     """Train from a fresh initialisation on the samples to keep; a subclass says on which loss.
 
     Every module is rebuilt by `build()` under the new seed: nothing of an earlier model survives.
-    The learning rate follows half a cosine over the epochs.
 
     Attributes:
         build: makes the untrained network.
@@ -43,6 +42,7 @@ class SupervisedRecipe:
         momentum: of SGD.
         weight_decay: L2 coefficient.
         step: optimiser.
+        schedule: of the learning rate over the epochs: half a cosine, or none.
         threads: torch threads while training; part of the recipe because results depend on it.
         restriction: weight α of the gradient's norm in the loss; 0 trains plainly.
         restriction_norm: one norm a parameter tensor, or one over all of them.
@@ -56,6 +56,7 @@ class SupervisedRecipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     step: StepName = "sgd"
+    schedule: Literal["cosine", "constant"] = "cosine"
     threads: int = 1
     restriction: float = 0.0
     restriction_norm: RestrictionNorm = "per_tensor"
@@ -166,13 +167,17 @@ class SupervisedRecipe:
                 step=self.step,
                 momentum=self.momentum,
                 weight_decay=self.weight_decay,
-                schedule=lambda epoch: cosine(epoch + first, self.epochs),
+                schedule=lambda epoch: self.rate(epoch + first),
                 snapshots=[epoch - first for epoch in snapshots],
                 stage="train",
             )
         if result.stopped:  # half a training is no reference
             raise ExpungeError(f"training from the recipe stopped: {result.stopped}")
         return model.cpu(), result.snapshots
+
+    def rate(self, epoch: int) -> float:
+        """Factor of the learning rate in an epoch, counted from 0."""
+        return cosine(epoch, self.epochs) if self.schedule == "cosine" else 1.0
 
     def settings(self) -> dict[str, Any]:
         """What a record keeps of the recipe."""
@@ -184,6 +189,8 @@ class SupervisedRecipe:
         settings = {"build": f"{build.__module__}.{name}"} | {k: getattr(self, k) for k in kept}
         if self.restriction:  # a plain training keeps the key it always had
             settings |= {k: getattr(self, k) for k in ("restriction", "restriction_norm")}
+        if self.schedule != "cosine":
+            settings["schedule"] = self.schedule
         return settings
 
     def key(self) -> str:

@@ -39,5 +39,7 @@ mnist_mislabelled = Workload(
     data=splits,
     recipe=mnist.recipe,
     request=Request(where="mislabelled == 1"),
+    tuned=mnist.ANY,
+    tuning="not tuned: settings of a perceptron",
     package="expunge[workloads]",
 )

@@ -41,6 +41,7 @@ class BoundaryShrink(Training):
     """
 
     name: ClassVar[str] = "boundary-shrink"
+    search: ClassVar = {"epochs": None, "lr": None, "epsilon": None}
     card: ClassVar[Card] = Card(
         title="Boundary Unlearning: Rapid Forgetting of Deep Networks via Shifting the Decision "
         "Boundary",

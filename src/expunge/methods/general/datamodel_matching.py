@@ -36,6 +36,7 @@ class DatamodelMatching(Attributing, Matching):
     """
 
     name: ClassVar[str] = "datamodel-matching"
+    search: ClassVar = {"epochs": None, "lr": None, "forget_multiplier": None}
     card: ClassVar[Card] = Card(
         title="Attribute-to-Delete: Machine Unlearning via Datamodel Matching",
         authors="Georgiev, Rinberg, Park, Garg, Ilyas, Madry, Neel",

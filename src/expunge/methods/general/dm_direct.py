@@ -38,6 +38,7 @@ class DMDirect(Attributing):
 
     name: ClassVar[str] = "dm-direct"
     known_inputs_only: ClassVar[bool] = True
+    search: ClassVar = {"multiplier": None}
     card: ClassVar[Card] = Card(
         title="Attribute-to-Delete: Machine Unlearning via Datamodel Matching",
         authors="Georgiev, Rinberg, Park, Garg, Ilyas, Madry, Neel",

@@ -42,6 +42,7 @@ class FisherForgetting(Method):
     """
 
     name: ClassVar[str] = "fisher-forgetting"
+    search: ClassVar = {"alpha": None}
     card: ClassVar[Card] = Card(
         title="Eternal Sunshine of the Spotless Net: Selective Forgetting in Deep Networks",
         authors="Golatkar, Achille, Soatto",

@@ -36,6 +36,7 @@ class GuidedUnlearning(Training):
     """Reset, ascent and relabelling together; each part can be switched off."""
 
     name: ClassVar[str] = "guided-unlearning"
+    search: ClassVar = {"epochs": None, "lr": None, "ascent": None}
     card: ClassVar[Card] = Card(
         title="Unlearning Comparator: A Visual Analytics System for Comparative Evaluation of "
         "Machine Unlearning Methods",

@@ -37,6 +37,7 @@ class IAU(Method):
     """
 
     name: ClassVar[str] = "iau"
+    search: ClassVar = {"lr": None}
     card: ClassVar[Card] = Card(
         title="Efficient Machine Unlearning via Influence Approximation",
         authors="Jiawei Liu, Chenwang Wu, Defu Lian, Enhong Chen",

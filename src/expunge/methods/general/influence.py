@@ -38,6 +38,7 @@ class Influence(Method):
     """
 
     name: ClassVar[str] = "influence"
+    search: ClassVar = {"damping": None}
     card: ClassVar[Card] = Card(
         title="Model Sparsity Can Simplify Machine Unlearning",
         authors="Jia, Liu, Ram, Yao, Liu, Liu, Sharma, Liu",

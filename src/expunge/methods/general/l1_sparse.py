@@ -29,6 +29,7 @@ class L1Sparse(FineTune):
     """
 
     name: ClassVar[str] = "l1-sparse"
+    search: ClassVar = {"epochs": None, "lr": None, "gamma": None}
     card: ClassVar[Card] = Card(
         title="Model Sparsity Can Simplify Machine Unlearning",
         authors="Jia, Liu, Ram, Yao, Liu, Liu, Sharma, Liu",

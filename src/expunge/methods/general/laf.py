@@ -45,6 +45,7 @@ class LAF(Training):
     """Label-agnostic forgetting: retain features stay explained, forget features do not."""
 
     name: ClassVar[str] = "laf"
+    search: ClassVar = {"epochs": None, "lr": None, "lr_alignment": None}
     card: ClassVar[Card] = Card(
         title="Label-Agnostic Forgetting: A Supervision-Free Unlearning in Deep Models",
         authors="Shaofei Shen, Chenhao Zhang, Yawen Zhao, Alina Bialkowski, Weitong Chen, Miao Xu",

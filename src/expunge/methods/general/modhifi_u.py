@@ -31,6 +31,7 @@ class ModHiFiU(Method):
     """Zero what is faithful to the class; earlier layers still know it, so it suppresses."""
 
     name: ClassVar[str] = "modhifi-u"
+    search: ClassVar = {"contrast": [False, True], "score": ["energy", "mean", "max"]}
     card: ClassVar[Card] = Card(
         title="ModHiFi: Identifying High Fidelity predictive components for Model Modification",
         authors="Dhruva Kashyap, Chaitanya Murti, Pranav K Nayak, Tanay Narshana, Chiranjib "

@@ -28,6 +28,7 @@ class NegGradPlus(Training):
     """Weigh a retain step against a forget step with `a`."""
 
     name: ClassVar[str] = "neggrad-plus"
+    search: ClassVar = {"epochs": None, "lr": None, "a": (0.8, 0.999)}
     card: ClassVar[Card] = Card(
         title="Towards Unbounded Machine Unlearning",
         authors="Kurmanji, Triantafillou, Hayes, Triantafillou",

@@ -32,6 +32,7 @@ class OracleMatching(Matching):
     """
 
     name: ClassVar[str] = "oracle-matching"
+    search: ClassVar = {"epochs": None, "lr": None, "forget_multiplier": None}
     card: ClassVar[Card] = Card(
         title="Attribute-to-Delete: Machine Unlearning via Datamodel Matching",
         authors="Georgiev, Rinberg, Park, Garg, Ilyas, Madry, Neel",

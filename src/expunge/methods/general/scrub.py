@@ -33,6 +33,7 @@ class SCRUB(Training):
     """Alternate max passes on the forget data with min passes on the retain data."""
 
     name: ClassVar[str] = "scrub"
+    search: ClassVar = {"epochs": None, "lr": None, "max_epochs": None}
     card: ClassVar[Card] = Card(
         title="Towards Unbounded Machine Unlearning",
         authors="Kurmanji, Triantafillou, Hayes, Triantafillou",

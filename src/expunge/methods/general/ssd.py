@@ -45,6 +45,7 @@ class SSD(Method):
 
     name: ClassVar[str] = "ssd"
     prepares: ClassVar[Literal["never", "optional", "always"]] = "optional"
+    search: ClassVar = {"alpha": (1.0, 10.0, "log"), "lam": (0.1, 1.0)}
     card: ClassVar[Card] = Card(
         title="Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening",
         authors="Jack Foster, Stefan Schoepf, Alexandra Brintrup",

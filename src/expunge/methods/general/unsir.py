@@ -39,6 +39,7 @@ class UNSIR(Training):
     """Forget whole classes by their number, without any of their samples."""
 
     name: ClassVar[str] = "unsir"
+    search: ClassVar = {"epochs": None, "lr": None, "repair_epochs": None}
     card: ClassVar[Card] = Card(
         title="Fast Yet Effective Machine Unlearning",
         authors="Tarun, Chundawat, Mandal, Kankanhalli",

@@ -42,6 +42,7 @@ class Blindspot(Training):
 
     name: ClassVar[str] = "blindspot"
     domain: ClassVar[str] = "regression"
+    search: ClassVar = {"epochs": None, "lr": None, "beta": None}
     card: ClassVar[Card] = Card(
         title="Deep Regression Unlearning",
         authors="Tarun, Chundawat, Mandal, Kankanhalli",

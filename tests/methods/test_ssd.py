@@ -26,7 +26,8 @@ from expunge.core.request import forget
 from expunge.core.runtime import Runtime
 from expunge.core.view import View
 from expunge.curvature import dense
-from expunge.methods.general.ssd import SSD, adaptive_alpha, adaptive_share, dampen
+from expunge.curvature.dampening import adaptive_alpha, adaptive_share, dampen
+from expunge.methods.general.ssd import SSD
 from expunge.problems.classification import Classification
 
 N = 203  # not a multiple of any batch size used here

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +19,7 @@ from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import Source, View
 from expunge.curvature import fisher as stats
+from expunge.curvature.dampening import adaptive_alpha, adaptive_share, dampen
 from expunge.curvature.generic import EachLoss
 
 _TEST = "tests/methods/test_ssd.py::test_ssd_"
@@ -203,60 +202,6 @@ class SSD(Method):
             order = source.ids[torch.randperm(len(source), generator=generator)]
         per_batch = stats.squared_batch_means if squares else stats.batch_mean_magnitudes
         return per_batch(model, each, source, runtime, batch_size=self.batch_size, order=order)
-
-
-def adaptive_share(forget: int, total: int) -> float:
-    r"""Share of the weights that ASSD selects: \(\ln(1 + 100\,|D_f|/|D|) / 100\), below 0.047."""
-    return math.log1p(100 * forget / total) / 100
-
-
-def adaptive_alpha(part: Mapping[str, Tensor], whole: Mapping[str, Tensor], share: float) -> float:
-    """Threshold above which a share of the finite ratios `part / whole` lies; 0/0 and x/0 drop out.
-
-    It is an order statistic: `round(share · n)` of n ratios (at least one) exceed it unless they
-    tie. If all above tie with it, it steps down to the next ratio, since the strict comparison would
-    select nothing.
-
-    Raises:
-        ExpungeError: there are no ratios to choose from.
-    """
-    ratios = torch.cat([(part[n] / whole[n]).reshape(-1) for n in part])
-    ratios = ratios[ratios.isfinite()]
-    if len(ratios) < 2:
-        raise ExpungeError("SSD: the loss has no gradient on the data, so nothing is important")
-    above = min(max(1, round(share * len(ratios))), len(ratios) - 1)
-    rank = len(ratios) - above - 1
-    # torch.quantile stops at 16 million values; torch.kthvalue takes minutes on some orders of them
-    alpha = float(np.partition(ratios.cpu().numpy(), rank)[rank])
-    below = ratios[ratios < alpha]
-    if not bool((ratios > alpha).any()) and len(below):
-        alpha = float(below.max())
-    return alpha
-
-
-@torch.no_grad()
-def dampen(
-    model: nn.Module,
-    part: Mapping[str, Tensor],
-    whole: Mapping[str, Tensor],
-    alpha: float,
-    lam: float,
-) -> dict[str, int]:
-    r"""Multiply weights with \(I^f > \alpha I^D\) by \(\min(\lambda I^D / I^f, 1)\), in place.
-
-    Returns the number of selected weights by parameter name. Where \(I^D = 0 < I^f\) the weight
-    becomes 0; parameters without importances stay.
-    """
-    selected = {}
-    for name, p in model.named_parameters():
-        if name in part:
-            chosen = part[name] > alpha * whole[name]
-            of_part, of_whole = part[name][chosen], whole[name][chosen]
-            # where: an infinite λ times an importance of 0 would be NaN
-            factor = torch.where(of_whole > 0, lam * of_whole, 0.0) / of_part
-            p[chosen] = (p[chosen].to(factor.dtype) * factor.clamp(max=1.0)).to(p.dtype)
-            selected[name] = int(chosen.sum())
-    return selected
 
 
 def _squared_norm(logits: Any) -> EachLoss:

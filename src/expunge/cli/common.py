@@ -1,4 +1,4 @@
-"""What the commands share: runtime, problem and request from options, tables and JSON."""
+"""What the commands share: runtime, request and settings from options, tables and JSON."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from expunge.core.problem import Problem
     from expunge.core.request import Request
     from expunge.core.runtime import Runtime
-    from expunge.suite.bench import Bench
     from expunge.suite.compare import MethodSpec
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -23,39 +21,9 @@ StoreOption = Annotated[
     str | None,
     typer.Option("--store", help="Folder of the store; $EXPUNGE_STORE or .expunge by default."),
 ]
-Workload = Annotated[str | None, typer.Option("--workload", help="A bundled problem, by name.")]
-Model = Annotated[
-    str | None, typer.Option("--model", help="A transformers image classifier: folder or hub name.")
-]
-DataPath = Annotated[
-    str | None,
-    typer.Option(
-        "--data", help="Training data: image folder, .npz with X and y, or datasets folder."
-    ),
-]
-TestPath = Annotated[str | None, typer.Option("--test", help="Held-out data, in the same forms.")]
 RecipePath = Annotated[
     str | None,
     typer.Option("--recipe", help="pkg.module:function(keep_ids, seed) -> model, for references."),
-]
-ForgetFile = Annotated[
-    str | None,
-    typer.Option(
-        "--forget", help="What to forget: a .csv, .txt or .jsonl of ids, names or labels."
-    ),
-]
-Labels = Annotated[list[int] | None, typer.Option("--label", help="Forget a class; repeatable.")]
-Ids = Annotated[str | None, typer.Option("--ids", help="Forget samples: ids, separated by commas.")]
-Where = Annotated[
-    str | None,
-    typer.Option("--where", help='Forget by a condition, e.g. "label == 3 and id < 99".'),
-]
-Fraction = Annotated[
-    float | None, typer.Option("--fraction", help="Forget a random share of the samples.")
-]
-Prune = Annotated[
-    str | None,
-    typer.Option("--prune", help="Prune the model first, for any method: omp|imp|synflow:RATE."),
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the method, NAME=VALUE; repeatable.")
@@ -174,44 +142,6 @@ def request_from(
     if label:
         return make(label=tuple(label))
     return make(where=where) if where is not None else make(fraction=fraction, seed=seed)
-
-
-def problem_from(
-    bench: Bench,
-    workload: str | None,
-    model: str | None,
-    data: str | None,
-    test: str | None,
-    recipe: str | None = None,
-) -> Problem:
-    """Build the problem that the options name.
-
-    Raises:
-        UserError: neither a workload nor a model with data was named, or both were.
-    """
-    from expunge.core.errors import UserError
-
-    if (workload is None) == (model is None):
-        raise UserError("name either --workload, or --model with --data")
-    if workload is not None:
-        return bench.workload(workload)
-    if data is None:
-        raise UserError(
-            "--model needs --data: the training data, as an image folder, .npz or datasets folder"
-        )
-    from expunge.problems.data_on_disk import problem_from_disk
-
-    return problem_from_disk(
-        str(model), data, test=test, recipe=imported(recipe) if recipe else None
-    )
-
-
-def check_prune(how: str | None) -> None:
-    """Complain about a `--prune` that cannot be meant, before anything is loaded."""
-    if how is not None:
-        from expunge.train.prune import Pruning
-
-        Pruning.parse(how)
 
 
 def imported(path: str) -> Any:

@@ -4,66 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from expunge.cli.common import (
-    DataPath,
-    Device,
-    ForgetFile,
-    Fraction,
-    Ids,
-    Json,
-    Labels,
-    Model,
-    RecipePath,
-    Seed,
-    StoreOption,
-    TestPath,
-    Threads,
-    Where,
-    Workload,
-    print_json,
-    print_table,
-    problem_from,
-    request_from,
-)
-from expunge.cli.common import runtime as make_runtime
+from expunge.cli.common import Seed, print_json, print_table
+from expunge.cli.options import Inputs, with_inputs
 
 if TYPE_CHECKING:
     from expunge.suite.suggest import Suggestion
 
 
-def suggest(
-    workload: Workload = None,
-    model: Model = None,
-    data: DataPath = None,
-    test: TestPath = None,
-    forget: ForgetFile = None,
-    label: Labels = None,
-    ids: Ids = None,
-    where: Where = None,
-    fraction: Fraction = None,
-    seed: Seed = 0,
-    recipe: RecipePath = None,
-    device: Device = "cpu",
-    threads: Threads = None,
-    store: StoreOption = None,
-    as_json: Json = False,
-) -> None:
+@with_inputs
+def suggest(seed: Seed = 0, *, inputs: Inputs) -> None:
     """List the methods that can answer a request, what others miss, and what the store has seen.
 
-    No method is run. A bundled problem whose original is not in the store yet is trained first.
+    No method is run. A bundled problem whose original is not in the store yet is trained first,
+    and pruned if --prune says so.
     """
-    from expunge.store import Store
-    from expunge.suite.bench import Bench
     from expunge.suite.suggest import suggest as look
-    from expunge.workloads import registry as workloads
 
-    usual = None if workload is None else workloads.get(workload).request
-    with make_runtime(device, seed, threads) as runtime:
-        opened = Store.open(store)
-        request = request_from(forget, label, ids, where, fraction, default=usual, model=model)
-        problem = problem_from(Bench(opened, runtime), workload, model, data, test, recipe)
-        found = look(problem, request, store=opened)
-    if as_json:
+    with inputs.bench(seed) as bench:
+        request = inputs.request()
+        problem = inputs.problem(bench)
+        found = look(problem, request, store=bench.store)
+    if inputs.as_json:
         print_json({
             "problem": problem.name,
             "kind": problem.kind,

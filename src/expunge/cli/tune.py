@@ -6,30 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from expunge.cli.common import (
-    DataPath,
-    Device,
-    ForgetFile,
-    Fraction,
-    Ids,
-    Json,
-    Labels,
-    Model,
-    RecipePath,
-    Seed,
-    Settings,
-    StoreOption,
-    TestPath,
-    Threads,
-    Where,
-    Workload,
-    print_json,
-    print_table,
-    problem_from,
-    request_from,
-    settings_from,
-)
-from expunge.cli.common import runtime as make_runtime
+from expunge.cli.common import Seed, Settings, print_json, print_table, settings_from
+from expunge.cli.options import Inputs, with_inputs
 from expunge.cli.work import MethodName
 
 if TYPE_CHECKING:
@@ -54,18 +32,10 @@ SpaceOption = Annotated[
 ]
 
 
+@with_inputs
 def tune(
     method: MethodName,
     forget_tuning: TuningRequests,
-    workload: Workload = None,
-    model: Model = None,
-    data: DataPath = None,
-    test: TestPath = None,
-    forget: ForgetFile = None,
-    label: Labels = None,
-    ids: Ids = None,
-    where: Where = None,
-    fraction: Fraction = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Settings to try.")] = None,
     seconds: Annotated[
         float | None, typer.Option("--seconds", help="Wall time of the trials.")
@@ -80,11 +50,8 @@ def tune(
         typer.Option("--out", help="A .toml for a suite file, or a .json with all trials."),
     ] = None,
     seed: Seed = 0,
-    recipe: RecipePath = None,
-    device: Device = "cpu",
-    threads: Threads = None,
-    store: StoreOption = None,
-    as_json: Json = False,
+    *,
+    inputs: Inputs,
 ) -> None:
     """Choose a method's settings by their distance to retraining on other samples than the reported.
 
@@ -92,11 +59,8 @@ def tune(
     goes on where it was stopped.
     """
     from expunge.methods import registry
-    from expunge.store import Store
-    from expunge.suite.bench import Bench
     from expunge.suite.tune import Budget, check_ending, write_tuning
     from expunge.suite.tune import tune as run_tune
-    from expunge.workloads import registry as workloads
 
     passed = settings_from(settings)
     registry.get(method).create(passed)  # complain before anything is loaded
@@ -105,11 +69,9 @@ def tune(
     searched = dict(_range(one) for one in space or [])
     if out is not None:
         check_ending(out)
-    usual = None if workload is None else workloads.get(workload).request
-    with make_runtime(device, seed, threads) as runtime:
-        bench = Bench(Store.open(store), runtime)
-        reported = request_from(forget, label, ids, where, fraction, default=usual, model=model)
-        problem = problem_from(bench, workload, model, data, test, recipe)
+    with inputs.bench(seed) as bench:
+        reported = inputs.request()
+        problem = inputs.problem(bench)
         found = run_tune(
             problem, {"name": method, **passed}, [_request(w, problem, reported, seed) for w in wanted],
             reported=reported, trials=trials, seconds=seconds, space=searched, references=references,
@@ -117,7 +79,7 @@ def tune(
         )  # fmt: skip
     if out is not None:
         write_tuning(found, out)
-    if as_json:
+    if inputs.as_json:
         print_json(found.to_dict())
         return
     rows = [

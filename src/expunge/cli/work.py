@@ -8,33 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from expunge.cli.common import (
-    DataPath,
     Device,
-    ForgetFile,
-    Fraction,
-    Ids,
     Json,
-    Labels,
-    Model,
-    Prune,
     RecipePath,
     Seed,
     Settings,
     StoreOption,
-    TestPath,
     Threads,
-    Where,
-    Workload,
-    check_prune,
     is_main,
     method_specs,
     print_json,
     print_table,
-    problem_from,
-    request_from,
     settings_from,
 )
 from expunge.cli.common import runtime as make_runtime
+from expunge.cli.options import Inputs, with_inputs
 
 if TYPE_CHECKING:
     from expunge.core.audit import Finding
@@ -46,55 +34,32 @@ References = Annotated[int, typer.Option("--references", help="Retrained models.
 Audits = Annotated[str, typer.Option("--audits", help="standard, quick, or names with commas.")]
 
 
+@with_inputs
 def unlearn(
     method: MethodName,
-    workload: Workload = None,
-    model: Model = None,
-    data: DataPath = None,
-    test: TestPath = None,
-    forget: ForgetFile = None,
-    label: Labels = None,
-    ids: Ids = None,
-    where: Where = None,
-    fraction: Fraction = None,
     settings: Settings = None,
-    prune: Prune = None,
     out: OutFolder = None,
     seed: Seed = 0,
-    recipe: RecipePath = None,
-    device: Device = "cpu",
-    threads: Threads = None,
-    store: StoreOption = None,
-    as_json: Json = False,
+    *,
+    inputs: Inputs,
 ) -> None:
     """Make a model forget; with --out, write the model that forgot."""
     from expunge.methods import registry
     from expunge.problems.models_on_disk import check_out_folder
-    from expunge.store import Store
-    from expunge.suite.bench import Bench
     from expunge.suite.compare import make_method
 
     passed = settings_from(settings)
     registry.get(method).create(passed)  # complain before anything is loaded
-    check_prune(prune)
     if out is not None:
         check_out_folder(out)  # before any work
-    with make_runtime(device, seed, threads) as runtime:
-        bench = Bench(Store.open(store), runtime)
-        request = None
-        if not workload:  # a mistake here is said before anything is loaded
-            request = request_from(forget, label, ids, where, fraction, seed=seed, model=model)
-        problem = problem_from(bench, workload, model, data, test, recipe)
-        if prune is not None:
-            problem = bench.pruned(problem, prune)
-        if request is None:
-            usual = _usual_request(workload)
-            request = request_from(forget, label, ids, where, fraction, seed=seed, default=usual)
+    with inputs.bench(seed) as bench:
+        request = inputs.request(seed)
+        problem = inputs.problem(bench)
         chosen, _ = make_method({"name": method, **passed}, problem)
         outcome, run = bench.unlearn(problem, request, chosen, seed, passed)
     if not is_main():
         return
-    folder = _write(outcome, run, out, model)
+    folder = _write(outcome, run, out, inputs.model)
     shown = {
         "run": run,
         "out": folder,
@@ -104,7 +69,7 @@ def unlearn(
         "cost": vars(outcome.cost),
         "details": outcome.details,
     }
-    if as_json:
+    if inputs.as_json:
         print_json(shown)
         return
     cost = outcome.cost
@@ -154,37 +119,22 @@ def audit(
     print_table(f"run {found.id}", ["finding", "value", "reference", "gap", "95 %", "reason"], rows)
 
 
+@with_inputs
 def compare(
     methods: Annotated[str, typer.Option("--methods", help="Names, separated by commas.")],
-    workload: Workload = None,
-    model: Model = None,
-    data: DataPath = None,
-    test: TestPath = None,
-    forget: ForgetFile = None,
-    label: Labels = None,
-    ids: Ids = None,
-    where: Where = None,
-    fraction: Fraction = None,
-    prune: Prune = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas.")] = "0",
     references: References = 3,
     audits: Audits = "standard",
     out: Annotated[str, typer.Option("--out", help="Folder for the report.")] = "report",
-    recipe: RecipePath = None,
-    device: Device = "cpu",
-    threads: Threads = None,
-    store: StoreOption = None,
-    as_json: Json = False,
+    *,
+    inputs: Inputs,
 ) -> None:
     """Compare methods on one problem and request, beside retrained references."""
     from expunge.cli.demo import show_comparison
     from expunge.core.errors import SettingError
     from expunge.methods import registry
-    from expunge.store import Store
-    from expunge.suite.bench import Bench
     from expunge.suite.compare import compare as run_compare
 
-    check_prune(prune)
     names = method_specs(methods)
     for name in names:
         if name != "original":
@@ -195,18 +145,14 @@ def compare(
         raise SettingError(
             f"--seeds takes whole numbers separated by commas, not {seeds!r}"
         ) from error
-    with make_runtime(device, threads=threads) as runtime:
-        bench = Bench(Store.open(store), runtime)
-        usual = _usual_request(workload)
-        request = request_from(forget, label, ids, where, fraction, default=usual, model=model)
-        problem = problem_from(bench, workload, model, data, test, recipe)
-        if prune is not None:
-            problem = bench.pruned(problem, prune)
+    with inputs.bench() as bench:
+        request = inputs.request()
+        problem = inputs.problem(bench)
         found = run_compare(
             problem, request, names, seeds=numbers, references=references, audits=_audits(audits), bench=bench
         )  # fmt: skip
     found.data["command"] = "expunge compare"
-    show_comparison(found, Path(out), as_json)
+    show_comparison(found, Path(out), inputs.as_json)
 
 
 def reproduce(
@@ -237,12 +183,6 @@ def reproduce(
         raise ExpungeError(f"the weights differ from the record ({why})")
     if not as_json:
         typer.echo("identical to the bit")
-
-
-def _usual_request(workload: str | None) -> Any:
-    from expunge.workloads import registry
-
-    return None if workload is None else registry.get(workload).request
 
 
 def _audits(names: str) -> str | list[str]:

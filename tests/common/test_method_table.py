@@ -28,6 +28,11 @@ def test_method(name, check):
 # What cannot apply, row by row, so that nothing drops out of the table unnoticed.
 NOT_APPLICABLE = {
     *(("modhifi-u", c) for c in ("frozen_stays_frozen", "resumes_to_the_same_bits")),
+    # the recipe reads labels; a request that touched no step rightly changes nothing
+    *(
+        ("amnesiac-updates", c)
+        for c in ("changes_weights", "reads_only_what_it_declares", "needs_what_it_declares")
+    ),
     # with a frozen body it has nothing to train; tests/methods/test_laf.py freezes other parts
     ("laf", "frozen_stays_frozen"),
     ("concept-poison", "reads_only_what_it_declares"),

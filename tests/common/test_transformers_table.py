@@ -84,7 +84,11 @@ def quick(name):
 SETTINGS: dict[str, dict[str, object]] = {"boundary-shrink": {"space": "inputs"}}
 """What a method needs beyond that to be quick."""
 
-REFUSED: dict[tuple[str, str, str], str] = {}
+REFUSED: dict[tuple[str, str, str], str] = {
+    ("amnesiac-updates", kind, dtype): "each update of the original's training; pass log="
+    for kind in ("vit", "resnet")
+    for dtype in ("float32", "bfloat16")
+}
 """(method, model, dtype) → the sentence that says why not."""
 
 

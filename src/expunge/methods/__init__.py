@@ -15,6 +15,7 @@ registry = Registry(
         "neggrad-plus": "expunge.methods.general.neggrad_plus:NegGradPlus",
         "random-label": "expunge.methods.general.random_label:RandomLabel",
         "amnesiac": "expunge.methods.general.amnesiac:Amnesiac",
+        "amnesiac-updates": "expunge.methods.general.amnesiac_updates:AmnesiacUpdates",
         "bad-teacher": "expunge.methods.general.bad_teacher:BadTeacher",
         "unsir": "expunge.methods.general.unsir:UNSIR",
         "boundary-shrink": "expunge.methods.general.boundary_shrink:BoundaryShrink",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping
@@ -25,6 +26,7 @@ from expunge.train.restriction import RestrictionNorm, restricted
 from expunge.train.steps import StepName
 
 Watch = Callable[[Batch, Any], None]
+Around = Callable[[nn.Module, Batch], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class SupervisedRecipe:
         steps: int | None = None,
         snapshots: Collection[int] = (),
         watch: Watch | None = None,
+        around: Around | None = None,
     ) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         """Train as `__call__` does, under a mask or from an epoch on.
 
@@ -112,6 +115,8 @@ class SupervisedRecipe:
                 None is one pass.
             snapshots: epochs (counted from 1) after which the weights are kept.
             watch: sees each batch with what the network put out for it, before its step.
+            around: makes a context that encloses the step on each batch, e.g. that of an
+                `UpdateRecorder`; it is entered before the forward pass and left after the step.
 
         Returns:
             The trained model in eval mode, and the weights asked for.
@@ -148,7 +153,9 @@ class SupervisedRecipe:
                 number, skip = divmod((epoch + first) * wanted + done, one)
                 order = source.batches(self.batch_size, inner.generator("recipe", number))
                 for batch in itertools.islice(order, skip, skip + wanted - done):
-                    yield whole, batch
+                    # `fit` asks for the next batch when it has taken the step on this one
+                    with contextlib.nullcontext() if around is None else around(model, batch):
+                        yield whole, batch
                     done += 1
 
         with inner.metered():

@@ -46,6 +46,7 @@ digits_class = Workload(
         "random-label": {"epochs": 5, "lr": 0.1, "order": "joint"},
         "salun": {"epochs": 5, "lr": 0.1, "order": "joint"},
         "amnesiac": {"epochs": 5, "lr": 1e-3, "batch_size": 64},
+        "amnesiac-updates": {"epochs": 5, "lr": 0.1, "batch_size": 64},
         "bad-teacher": {"epochs": 8, "lr": 2e-3, "batch_size": 64},
         "unsir": {"epochs": 2, "repair_epochs": 3, "lr": 0.01, "copies": 20, "batch_size": 64},
         "boundary-shrink": {"lr": 1e-3, "epsilon": 0.2, "levels": 16},

@@ -32,6 +32,12 @@ MethodName = Annotated[str, typer.Option("--method", help="Method; see expunge m
 OutFolder = Annotated[str | None, typer.Option("--out", help="Folder for the result.")]
 References = Annotated[int, typer.Option("--references", help="Retrained models.", min=0)]
 Audits = Annotated[str, typer.Option("--audits", help="standard, quick, or names with commas.")]
+StrataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--strata", help="Also by difficulty of the training samples: el2n|grand|forgetting."
+    ),
+]
 
 
 @with_inputs
@@ -85,6 +91,7 @@ def audit(
     run: Annotated[str, typer.Argument(help="Run id or prefix (of an unlearning run).")],
     audits: Audits = "standard",
     references: References = 3,
+    strata: StrataOption = None,
     recipe: RecipePath = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -96,10 +103,12 @@ def audit(
     from expunge.core.errors import UserError
     from expunge.core.request import Request
     from expunge.store import Store
-    from expunge.suite.bench import Bench
+    from expunge.suite.bench import Bench, check_strata
     from expunge.suite.compare import audit as run_audit
     from expunge.suite.reproduce import problem_of
 
+    if strata is not None:
+        check_strata(strata)
     opened = Store.open(store)
     found = opened.get(run)
     if found.kind != "unlearn":
@@ -110,7 +119,8 @@ def audit(
         request = Request.from_dict(found.record["request"])
         outcome = bench.stored_outcome(found, problem, request)
         findings = run_audit(
-            outcome, _audits(audits), references=references, store=opened, runtime=runtime, run=found.id
+            outcome, _audits(audits), references=references, strata=strata, store=opened,
+            runtime=runtime, run=found.id,
         )  # fmt: skip
     if as_json:
         print_json({"run": found.id, "findings": {f.name: _shown(f) for f in findings}})
@@ -125,6 +135,7 @@ def compare(
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas.")] = "0",
     references: References = 3,
     audits: Audits = "standard",
+    strata: StrataOption = None,
     out: Annotated[str, typer.Option("--out", help="Folder for the report.")] = "report",
     *,
     inputs: Inputs,
@@ -133,6 +144,7 @@ def compare(
     from expunge.cli.demo import show_comparison
     from expunge.core.errors import SettingError
     from expunge.methods import registry
+    from expunge.suite.bench import check_strata
     from expunge.suite.compare import compare as run_compare
 
     names = method_specs(methods)
@@ -145,11 +157,14 @@ def compare(
         raise SettingError(
             f"--seeds takes whole numbers separated by commas, not {seeds!r}"
         ) from error
+    if strata is not None:
+        check_strata(strata, inputs.workload)
     with inputs.bench() as bench:
         request = inputs.request()
         problem = inputs.problem(bench)
         found = run_compare(
-            problem, request, names, seeds=numbers, references=references, audits=_audits(audits), bench=bench
+            problem, request, names, seeds=numbers, references=references, audits=_audits(audits),
+            strata=strata, bench=bench,
         )  # fmt: skip
     found.data["command"] = "expunge compare"
     show_comparison(found, Path(out), inputs.as_json)

@@ -199,23 +199,9 @@ def difficulty(
         ExpungeError: a score is not a number.
     """
     runtime = runtime or Runtime()
+    epoch, key = plan(problem, score, runs, epoch, runtime)
     recipe = recipe_of(problem)
-    if score not in get_args(Score):
-        raise SettingError(f"score is one of {', '.join(get_args(Score))}, not {score!r}")
-    events = score.startswith("forgetting")
-    if problem.train.labels is None or (score != "grand" and not problem.can("logits")):
-        raise NeedsError(f"{score} needs labels{'' if score == 'grand' else ' and logits'}")
-    if epoch is None:
-        epoch = recipe.epochs if events else max(1, round(recipe.epochs / 10))
-    if runs < 1 or not int(events) <= epoch <= recipe.epochs:
-        raise SettingError(
-            f"runs= is at least 1 and epoch= lies between {int(events)} and {recipe.epochs}"
-        )
     ids = problem.train.ids.sort().values  # the order of storage makes no difference
-    key = content_key([
-        "difficulty", __version__, problem.recipe_key(), problem.train.fingerprint(),
-        score, epoch, runs, runtime.seed, runtime.device,
-    ])  # fmt: skip
     found = None if store is None else store.find("difficulty", key)
     if store is not None and found is not None:
         rows = store.tensors(found)["runs"]
@@ -235,6 +221,36 @@ def difficulty(
     return Difficulty(
         score, epoch, ids, rows, spearman(rows.mean(0), lengths), tuple(_notes(score, epoch))
     )
+
+
+def plan(
+    problem: Problem, score: str, runs: int, epoch: int | None, runtime: Runtime
+) -> tuple[int, str]:
+    """Check what is asked of `difficulty`, before any work.
+
+    Returns:
+        The epoch, and the content key that the scores are kept under.
+
+    Raises:
+        NeedsError: see `difficulty`.
+        SettingError: see `difficulty`.
+    """
+    recipe = recipe_of(problem)
+    if score not in get_args(Score):
+        raise SettingError(f"score is one of {', '.join(get_args(Score))}, not {score!r}")
+    events = score.startswith("forgetting")
+    if problem.train.labels is None or (score != "grand" and not problem.can("logits")):
+        raise NeedsError(f"{score} needs labels{'' if score == 'grand' else ' and logits'}")
+    if epoch is None:
+        epoch = recipe.epochs if events else max(1, round(recipe.epochs / 10))
+    if runs < 1 or not int(events) <= epoch <= recipe.epochs:
+        raise SettingError(
+            f"runs= is at least 1 and epoch= lies between {int(events)} and {recipe.epochs}"
+        )
+    return epoch, content_key([
+        "difficulty", __version__, problem.recipe_key(), problem.train.fingerprint(),
+        score, epoch, runs, runtime.seed, runtime.device,
+    ])  # fmt: skip
 
 
 def recipe_of(problem: Problem) -> SupervisedRecipe:

@@ -7,16 +7,17 @@ if it is not there. Keys hold the hashes of weights and data, so nothing stale i
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from expunge import __version__
 from expunge.core.audit import Audit, Finding, Subject
-from expunge.core.errors import StoreError
+from expunge.core.errors import NeedsError, SettingError, StoreError
 from expunge.core.hashing import content_key, hash_model, hash_tensors
 from expunge.core.method import (
     Method,
@@ -27,17 +28,24 @@ from expunge.core.method import (
     unlearn,
 )
 from expunge.core.outcome import CHANGES, Cost, Outcome
-from expunge.core.problem import Problem
+from expunge.core.problem import Problem, Recipe
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.strata import Strata
+from expunge.fleet.difficulty import Score, difficulty, plan
 from expunge.fleet.references import FIRST_SEED, Reference, reference, reference_key
 from expunge.store import Run, Store
-from expunge.train.prune import Pruning, prune, recipe_of, with_mask
+from expunge.train.prune import PrunedRecipe, Pruning, prune, recipe_of, with_mask
 from expunge.workloads import registry as workloads
 
 _MASK = "pruning mask of "
 """Before the names of the masks that are kept beside a pruned original's weights."""
+
+STRATA = ("el2n", "grand", "forgetting")
+"""Scores that `strata=` takes by name."""
+
+STRATA_RUNS = 10
+"""Trainings behind such a score."""
 
 OnJob = Callable[[str, str, bool, str], None]
 
@@ -242,6 +250,42 @@ class Bench:
             model, change, record["curve"], Cost(**record["cost"]), record["details"], record, problem, request
         )  # fmt: skip
 
+    def strata(self, problem: Problem, given: Any) -> Strata | None:
+        """Parts of the training samples to break findings down by.
+
+        Args:
+            problem: its recipe is what a score is measured with. A pruned problem takes the scores
+                of the dense trainings: the same parts at every rate, so that rates can be compared.
+            given: the name of a score (see `STRATA`), which is computed once and kept; what
+                `Strata.of` takes; or None.
+
+        Returns:
+            The parts; None for None.
+
+        Raises:
+            NeedsError: there is no recipe to measure a score with, or no labels.
+            UserError: it is none of these.
+        """
+        if not isinstance(given, str):
+            return None if given is None else Strata.of(given)
+        score, recipe = check_strata(given), problem.recipe
+        if recipe is None:
+            raise NeedsError(
+                f"strata by {score} are measured in short trainings of the recipe, and this problem "
+                "has none; pass recipe= (--recipe on the command line)"
+            )
+        if isinstance(recipe, PrunedRecipe):
+            problem = copy.copy(problem)
+            problem.recipe = cast(Recipe, recipe.recipe)
+        runtime = replace(self.runtime, seed=0, checkpoint=None, cost=Cost())
+        _, key = plan(problem, score, STRATA_RUNS, None, runtime)
+        reused = self.store.find("difficulty", key) is not None
+        found = difficulty(problem, score, runs=STRATA_RUNS, store=self.store, runtime=runtime)
+        kept = self.store.find("difficulty", key)
+        assert kept is not None
+        self._on_job(f"{problem.name}: {score}", key, reused, kept.id)
+        return found.strata()
+
     def audit(
         self,
         subject: Subject,
@@ -278,6 +322,27 @@ class Bench:
         )
         self._on_job(label, key, False, stored)
         return findings
+
+
+def check_strata(name: str, workload: str | None = None) -> Score:
+    """Return a score's name that `strata=` takes.
+
+    Args:
+        name: the word that was given.
+        workload: the bundled problem it is meant for, if any, so that nothing is trained in vain.
+
+    Raises:
+        NeedsError: the score needs logits, which that problem lacks.
+        SettingError: it is another word.
+    """
+    if name not in STRATA:
+        raise SettingError(f"strata={name!r} is not a choice; use {'|'.join(STRATA)}")
+    if workload is not None and name != "grand":
+        kind = workloads.get(workload).of
+        kind = kind.func if isinstance(kind, functools.partial) else kind
+        if isinstance(kind, type) and not hasattr(kind, "logits"):
+            raise NeedsError(f"strata by {name} need logits, which {workload} lacks; use grand")
+    return cast(Score, name)
 
 
 def unlearn_key(problem: Problem, request: Request, method: Method, runtime: Runtime) -> str:

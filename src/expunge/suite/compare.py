@@ -18,7 +18,6 @@ from expunge.core.outcome import Cost, Outcome
 from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
-from expunge.core.strata import Strata
 from expunge.fleet.references import Reference
 from expunge.methods import registry as methods
 from expunge.store import Store
@@ -101,8 +100,9 @@ def compare(
         seeds: one run of each method a seed.
         references: retrained models to compare with, each with another seed.
         audits: a suite's name or a list.
-        strata: a `Difficulty`, or ids by name of the part: what has per-sample values is also
-            measured on each part, as `audit/what@part`. Verdicts rest on the whole.
+        strata: `"el2n"`, `"grand"` or `"forgetting"`, a `Difficulty`, or ids by name of the part:
+            what has per-sample values is also measured on each part, as `audit/what@part`.
+            Verdicts rest on the whole.
         store: where results are kept and looked up; a temporary one by default.
         runtime: device, threads, progress.
         bench: used instead of `store` and `runtime` by callers that have one.
@@ -119,7 +119,7 @@ def compare(
     for method, _ in made:
         method.check(problem, request)
     splits = problem.split(request)
-    parts = None if strata is None else Strata.of(strata)
+    parts = bench.strata(problem, strata)
 
     jobs = references * (problem.recipe is not None) + 2 + 2 * len(made) * len(seeds)
     rows: list[dict[str, Any]] = []
@@ -202,7 +202,7 @@ def audit(
         outcome: from `unlearn`; its change is written, read back and applied to the original.
         audits: a suite's name or a list.
         references: how many to retrain, or ready ones.
-        strata: a `Difficulty`, or ids by name of the part; see `compare`.
+        strata: a score's name, a `Difficulty`, or ids by name of the part; see `compare`.
         store: where references are kept and looked up; a temporary one by default.
         runtime: device, threads, progress.
         run: the outcome's run in the store, which the findings are filed under.
@@ -216,8 +216,8 @@ def audit(
     if outcome.problem is None or outcome.request is None:
         raise UserError("set outcome.problem and outcome.request before auditing a loaded outcome")
     problem, request = outcome.problem, outcome.request
-    parts = None if strata is None else Strata.of(strata)
     bench = Bench(store or Store.temporary(), runtime or Runtime())
+    parts = bench.strata(problem, strata)
     ready = (
         list(bench.references(problem, request, references))
         if isinstance(references, int)

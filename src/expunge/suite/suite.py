@@ -5,11 +5,13 @@ name = "digits"
 seeds = [0, 1]
 references = 2
 audits = "standard"
+strata = "el2n"     # break findings down by difficulty: el2n, grand or forgetting; not if left out
 methods = ["finetune", { name = "ssd", alpha = "auto" }]
 
 [[problem]]
 workload = "digits-class"
 requests = [{ label = 3 }, { label = 7 }]     # the workload's own request if left out
+prune = "omp:0.5"     # prune the original first: omp, imp or synflow and a rate; not if left out
 ```
 
 Every step is content-keyed, so running again, or going on after a kill, skips what the store has.
@@ -30,8 +32,9 @@ from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.methods import registry as methods
 from expunge.store import Store
-from expunge.suite.bench import Bench
+from expunge.suite.bench import Bench, check_strata
 from expunge.suite.compare import Comparison, compare, join
+from expunge.train.prune import Pruning
 from expunge.workloads import registry as workloads
 
 
@@ -42,6 +45,7 @@ class ProblemSpec(BaseModel):
 
     workload: str
     seed: int = 0
+    prune: str | None = None
     requests: list[dict[str, Any]] = Field(default_factory=list)
 
 
@@ -56,6 +60,7 @@ class SuiteSpec(BaseModel):
     seeds: list[int] = [0]
     references: int = Field(default=2, ge=0)
     audits: str | list[str] = "standard"
+    strata: str | None = None
 
     def check(self) -> None:
         """Resolve every name and setting before any compute.
@@ -72,6 +77,10 @@ class SuiteSpec(BaseModel):
         audit_list(self.audits)
         for problem in self.problem:
             workloads.get(problem.workload)
+            if self.strata is not None:
+                check_strata(self.strata, problem.workload)
+            if problem.prune is not None:
+                Pruning.parse(problem.prune)
             for request in problem.requests:
                 Request.from_dict(request)
 
@@ -130,6 +139,8 @@ def run_suite(
     found = []
     for item in spec.problem:
         problem = bench.workload(item.workload, item.seed)
+        if item.prune is not None:
+            problem = bench.pruned(problem, item.prune)
         requests = [Request.from_dict(r) for r in item.requests]
         for request in requests or [workloads.get(item.workload).request]:
             found.append(
@@ -140,6 +151,7 @@ def run_suite(
                     seeds=spec.seeds,
                     references=spec.references,
                     audits=spec.audits,
+                    strata=spec.strata,
                     bench=bench,
                 )
             )

@@ -4,7 +4,7 @@
 
 Each plain loop is what one writes from the paper's equations with torch alone: same data order
 length, batch sizes, epochs and optimiser, no checks, no curve, no checkpoints. Both sides run in a
-fresh process each, in turn, several times; the fastest turn counts, and the largest peak. Writes
+fresh process each, in turn, several times; the fastest turn counts, in CPU seconds, and the largest peak. Writes
 `benchmarks/results/method_cost.json` and `.md`.
 """
 
@@ -186,7 +186,7 @@ def probe(side: str, name: str, samples: int) -> None:
 
     once(120)
     cost = once(samples)
-    print(json.dumps({"seconds": cost.seconds, "peak_bytes": cost.peak_bytes}))
+    print(json.dumps({"seconds": cost.processor, "peak_bytes": cost.peak_bytes}))
 
 
 def measure(names: list[str], samples: int, repeats: int) -> list[dict]:
@@ -215,7 +215,7 @@ def table(result: dict) -> str:
         f"Small ResNet, {result['samples']:,} images, {EPOCHS} epochs, float32, one thread; the fastest of "
         f"{result['repeats']} turns, each in a fresh process. Below 1: ours is faster. Peaks are growth of the process while it runs.",
         "",
-        "| method | ours, ms a sample | plain loop | ratio | ours, peak MiB | plain loop |",
+        "| method | ours, CPU ms a sample | plain loop | ratio | ours, peak MiB | plain loop |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     lines += [

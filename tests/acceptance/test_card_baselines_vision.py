@@ -1,9 +1,11 @@
-"""The small-scale run of the card baselines-vision: a perceptron on 5,000 MNIST digits, three seeds.
+"""The small-scale run of the card baselines-vision: a perceptron on 5,000 MNIST digits, five seeds.
 
 Writes benchmarks/results/baselines_vision.json and .md. Settings are the card's; it names no rate
-for ascent on random samples, so that is 1e-3 here. Every seed forgets another random tenth, and
-the attacker's members are random retain samples, since the data is sorted by class. The card's
-figures of the class run are told beside ours but not tested: they are of one seed.
+for ascent on random samples, so that is 1e-3 here. Every seed forgets another random tenth. MIA is
+as the card sparse-unlearn defines it, with the first retain samples as the attacker's members; the
+data is sorted by class, so these are of the first classes only, and the figure with random members
+stands beside it. The card's figures of the class run are told beside ours but not tested: they are
+of one seed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from expunge.workloads.mnist import splits
 
 pytestmark = pytest.mark.acceptance
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 RELABELLED = {"lr": 0.02, "epochs": 5}
 ADAM = {"lr": 1e-3, "epochs": 3, "batch_size": 128}
 PIXELS = {"mean": (0.1307,), "std": (0.3081,)}
@@ -70,7 +72,11 @@ def of_one_seed(seed: int) -> dict[str, dict[str, dict[str, float]]]:
         models = {"original": problem.model, "retrain": recipe(keep, 1001 + seed)}
         for name, method in METHODS[kind].items():
             models[name] = xp.unlearn(problem, request, method, runtime=runtime).runnable()
-        found[kind] = {n: five_scores(problem, request, m, members=seed) for n, m in models.items()}
+        found[kind] = {
+            n: five_scores(problem, request, m)
+            | {"MIA, random members": five_scores(problem, request, m, members=seed)["MIA"]}
+            for n, m in models.items()
+        }
     return found
 
 
@@ -97,7 +103,7 @@ def expected(found):
     retrain, original = random["retrain"], random["original"]
     for name in ("random-label", "salun", "amnesiac", "bad-teacher"):
         ua, mia = random[name]["UA"], random[name]["MIA"]
-        yield f"random: {name} reaches the UA of retraining", [retrain["UA"], ua], ua > 0.75 * retrain["UA"]  # fmt: skip
+        yield f"random: UA of {name} is nearer to retraining than to the original", [original["UA"], ua, retrain["UA"]], ua - original["UA"] > abs(retrain["UA"] - ua)  # fmt: skip
         yield f"random: {name} overshoots the MIA of retraining more than twice", [retrain["MIA"], mia], mia > 2 * retrain["MIA"]  # fmt: skip
     for name in ("finetune", "gradient-ascent 1e-3", "scrub"):
         for score in ("UA", "MIA"):

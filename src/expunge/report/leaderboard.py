@@ -2,8 +2,9 @@ r"""Leaderboard: every method's distance to retraining, a pure function of compa
 
 For one run, \(d = \frac1{|A|} \sum_{a \in A} |v_a - r_a|\): the mean absolute gap between what was
 measured and the same on retrained models, over the accuracies on forget and retain data and the
-membership AUC that speaks for the run. 0 is retraining itself; lower is better. A method's figure is
-the mean over its seeds with a 95 % t interval. Adding a method changes nobody else's row.
+membership AUC that speaks for the run. Lower is better; the retrained model held against the others
+shows how low it can be. A method's figure is the mean over its seeds with a 95 % t interval: of one
+original model, one forget set and the same references. Adding a method changes nobody else's row.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from expunge.report.svg import Plot
 from expunge.report.table import t95
 from expunge.report.verdict import MARKS, WORDS, State, decisive, finite, method_verdict
 from expunge.report.words import SHOWN, by_method
+
+Beats = Literal["yes", "unclear", "no"]
 
 SPLITS = ("forget-train", "retain-train", "forget-test", "retain-test")
 
@@ -36,7 +39,7 @@ class Entry:
 
     Attributes:
         workload: the comparison's workload.
-        method: its name; `original` stands for doing nothing.
+        method: its name; `original` stands for doing nothing, `retrain` for a further retrained model.
         seeds: runs behind the figures.
         distance: mean of d over the seeds; lower is better.
         low: lower end of its 95 % interval (the mean itself with one seed).
@@ -44,7 +47,8 @@ class Entry:
         cost_ratio: seconds over those of retraining, mean over seeds; None for the original.
         state: the gravest verdict over the seeds.
         reason: the sentence behind it.
-        better_than_nothing: whether the interval lies below the original's distance.
+        beats_nothing: `yes` if the interval lies below the original's distance, `no` if the mean
+            does not, `unclear` between.
     """
 
     workload: str
@@ -56,7 +60,27 @@ class Entry:
     cost_ratio: float | None
     state: State
     reason: str
-    better_than_nothing: bool
+    beats_nothing: Beats
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the verdict leaves out, in words."""
+        said = {
+            "no": ["no better than doing nothing"],
+            "unclear": ["not shown to be better than doing nothing"],
+        }.get(self.beats_nothing, [])
+        if self.cost_ratio is not None and self.cost_ratio > 1:
+            said.append("dearer than retraining")
+        return said
+
+    @property
+    def interval(self) -> str:
+        """The 95 % interval, or that there is none."""
+        if self.seeds < 2:
+            return "one seed"
+        if self.high - self.low < 5e-7:
+            return "the same for every seed"
+        return f"{self.low:.3f} … {self.high:.3f}"
 
 
 def distance(row: Mapping[str, Any]) -> float | None:
@@ -75,15 +99,15 @@ def entries(comparison: Mapping[str, Any]) -> list[Entry]:
         comparison: one of a report's comparisons.
 
     Returns:
-        One entry a method that has references to be compared with, the original among them; the
-        retrained model is the aim and has no entry.
+        One entry a method that has references to be compared with, the original and a retrained
+        model among them.
     """
     found = by_method(comparison)
     nothing = next((d for r in found.get("original", []) if (d := distance(r)) is not None), None)
     made = []
     for method, rows in found.items():
         away = [d for r in rows if (d := distance(r)) is not None]
-        if not away or method == "retrain":
+        if not away:
             continue
         mean, half = statistics.fmean(away), 0.0
         if len(away) > 1:
@@ -101,10 +125,16 @@ def entries(comparison: Mapping[str, Any]) -> list[Entry]:
                 cost_ratio=statistics.fmean(ratios) if ratios and method not in SHOWN else None,
                 state=verdict.state,
                 reason=verdict.sentence,
-                better_than_nothing=nothing is not None and mean + half < nothing,
+                beats_nothing=_beats(mean, half, nothing),
             )
         )
     return sorted(made, key=lambda e: e.distance)
+
+
+def _beats(mean: float, half: float, nothing: float | None) -> Beats:
+    if nothing is None or mean >= nothing:
+        return "no"
+    return "yes" if mean + half < nothing else "unclear"
 
 
 def markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
@@ -115,32 +145,85 @@ def markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
         lines += [
             f"## {comparison['title']}",
             "",
-            f"{references} retrained references. Distance 0 is retraining itself; lower is better.",
+            f"{references} retrained references; lower is better.",
             "",
             "| | method | distance to retraining | 95 % interval | seeds | cost / retraining | verdict |",
             "|---:|---|---:|---|---:|---:|---|",
         ]
         place = 0
         for e in entries(comparison):
-            idle = e.method == "original"
-            place += not idle
-            verdict = "before" if idle else f"{MARKS[e.state]} {WORDS[e.state]}"
-            if not idle and not e.better_than_nothing:
-                verdict += "; no better than doing nothing"
-            name = "*do nothing*" if idle else f"[`{e.method}`](methods/{e.method}.md)"
+            if e.method in NAMED:
+                lines.append(f"| | *{NAMED[e.method]}* | {e.distance:.3f} | | | | |")
+                continue
+            place += 1
             ratio = "–" if e.cost_ratio is None else f"{e.cost_ratio:.2g}"
             lines.append(
-                f"| {'' if idle else place} | {name} | {e.distance:.3f} | {e.low:.3f} … {e.high:.3f} "
-                f"| {e.seeds} | {ratio} | {verdict} |"
+                f"| {place} | [`{e.method}`](methods/{e.method}.md) | {e.distance:.3f} | {e.interval} "
+                f"| {e.seeds} | {ratio} | {verdict(e)} |"
             )
         lines.append("")
     return "\n".join(lines)
 
 
+NAMED = {"original": "do nothing", "retrain": "retrain once more"}
+"""Rows to read the others by."""
+
+
+def verdict(entry: Entry) -> str:
+    """State and remarks of an entry, in words."""
+    return "; ".join([f"{MARKS[entry.state]} {WORDS[entry.state]}", *entry.remarks])
+
+
+def figures(ranked: Sequence[Entry], method: str) -> str:
+    """The rows of one method over all workloads, as the section of its page.
+
+    Args:
+        ranked: entries of all workloads.
+        method: whose.
+
+    Returns:
+        A table between two marks that `replace_figures` finds again; a sentence if there are none.
+    """
+    rows = []
+    for e in (e for e in ranked if e.method == method):
+        floor = {o.method: o.distance for o in ranked if o.workload == e.workload}
+        ratio = "–" if e.cost_ratio is None else f"{e.cost_ratio:.2g}"
+        beside = " … ".join(f"{floor[n]:.3f}" if n in floor else "–" for n in ("retrain", "original"))  # fmt: skip
+        rows.append(
+            f"| {e.workload} | {e.distance:.3f} | {e.interval} | {beside} | {ratio} | {verdict(e)} |"
+        )
+    table = [
+        "Distance to retraining, from the [leaderboard](../leaderboard.md):",
+        "",
+        "| workload | distance | 95 % interval | retrain … do nothing | cost / retraining | verdict |",
+        "|---|---:|---|---|---:|---|",
+        *rows,
+    ]
+    if not rows:
+        table = ["Not on the [leaderboard](../leaderboard.md), which says why."]
+    return "\n".join([OPEN, *table, CLOSE])
+
+
+OPEN, CLOSE = "<!-- leaderboard -->", "<!-- /leaderboard -->"
+
+
+def replace_figures(page: str, block: str) -> str:
+    """Put a block of `figures` into a page, in place of the former one.
+
+    Raises:
+        ValueError: the page has no such place.
+    """
+    before, opened, rest = page.partition(OPEN)
+    _, closed, after = rest.partition(CLOSE)
+    if not opened or not closed:
+        raise ValueError(f"the page has no {OPEN} … {CLOSE}")
+    return before + block + after
+
+
 def picture(comparison: Mapping[str, Any]) -> str:
     """One comparison as SVG: a dot and its interval a method, a dashed line for doing nothing."""
     ranked = entries(comparison)
-    shown = [e for e in ranked if e.method != "original"]
+    shown = [e for e in ranked if e.method not in NAMED]
     nothing = next((e.distance for e in ranked if e.method == "original"), 0.0)
     farthest = max([nothing, *(e.high for e in shown)], default=0.1)
     plot = Plot(

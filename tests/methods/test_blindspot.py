@@ -17,6 +17,7 @@ from expunge.methods.regression.blindspot import (
     attention_map,
     imitation,
 )
+from expunge.train.mixed import mixed
 
 REQUEST = xp.forget(where="y > 4")
 LAYERS = ["0", "3"]
@@ -116,14 +117,46 @@ def test_deep_regression_invariant_3_blindspot_model_is_frozen(monkeypatch):
 def test_deep_regression_invariant_4_its_own_copy_moves_nothing(monkeypatch):
     """Imitating the original on the forget data alone: the loss is 0 and SGD stands still."""
     p = problem()
-    method = Blindspot(step="sgd", lr=0.5, epochs=1, norm="frozen", batch_size=16)
-    view, _, _ = parts(p, method)
-    loss = imitation(view, view.model().eval(), LAYERS, 50.0)
-    model = view.model().eval()
-    value = loss(model, (view.forget.fetch(view.forget.ids),))
-    assert float(value.detach()) == 0
-    value.backward()
-    assert all(w.grad is None or not bool(w.grad.any()) for w in model.parameters())
+    monkeypatch.setattr(
+        Blindspot, "blindspot_model", lambda self, view, runtime: view.model().eval()
+    )
+    monkeypatch.setattr(
+        "expunge.methods.regression.blindspot.mixed",
+        lambda view, size, order: ((part, None) for part in view.forget.batches(size, order)),
+    )
+    method = Blindspot(step="sgd", lr=0.5, epochs=2, norm="frozen", batch_size=16)
+    view = View(p, REQUEST, method.needs, Runtime())
+    outcome = method.run(view, Runtime())
+    assert outcome.curve and all(point["loss"] == 0 for point in outcome.curve)
+    assert hash_model(outcome.runnable()) == hash_model(p.model)
+    monkeypatch.undo()  # and the same loop moves them where it has something else to imitate
+    assert hash_model(method.run(view, Runtime()).runnable()) != hash_model(p.model)
+
+
+def test_a_single_forget_sample_shares_the_statistics_of_its_batch():
+    """One forget and 15 retain rows: batch norm in training mode, as in a plain loop."""
+    p = problem(samples=48)
+    request = xp.forget(ids=[4, 20, 30])
+    method = Blindspot(step="sgd", lr=0.01, epochs=2, batch_size=16, beta=2.0)
+    runtime = Runtime()
+    outcome = xp.unlearn(p, request, method, runtime=runtime)
+    view = View(p, request, method.needs, runtime)
+    blind, layers = method.blindspot_model(view, runtime), method._layers(view)
+    loss = imitation(view, blind, layers, method.beta)
+    model = view.model().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=method.momentum)
+    single, before = 0, int(model[1].num_batches_tracked)
+    for epoch in range(2):
+        for parts in mixed(view, 16, runtime.generator("mixed", epoch)):
+            optimizer.zero_grad()
+            given = tuple(part for part in parts if part is not None)
+            single += min(map(len, given)) == 1
+            loss(model, given).backward()
+            optimizer.step()
+    assert single
+    assert int(outcome.model[1].num_batches_tracked) == before + 6
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(outcome.model.state_dict()[name], value)
 
 
 def test_deep_regression_invariant_4_a_better_blindspot_brings_it_closer():

@@ -246,8 +246,15 @@ def _count(batch: Any) -> int:
     return len(batch) if isinstance(batch, Batch) else sum(_count(part) for part in batch)
 
 
+class Together(tuple[Batch, ...]):
+    """Batches that a loss joins into one forward pass, so that their statistics are shared."""
+
+
 def _smallest(batch: Any) -> int:
-    return len(batch) if isinstance(batch, Batch) else min(map(_smallest, batch), default=0)
+    """Rows of the smallest forward pass over a batch, or over each of several."""
+    if isinstance(batch, (Batch, Together)):
+        return _count(batch)
+    return min(map(_smallest, batch), default=0)
 
 
 def _why_stop(

@@ -30,7 +30,7 @@ from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
-from expunge.train.fit import Pass, fit
+from expunge.train.fit import Pass, Together, fit
 from expunge.train.method import Training
 from expunge.train.mixed import mixed
 from expunge.train.steps import StepName
@@ -95,7 +95,7 @@ class Blindspot(Training):
 
         def passes(epoch: int) -> Pass:
             for parts in mixed(view, self.batch_size, runtime.generator("mixed", epoch)):
-                yield loss, tuple(part for part in parts if part is not None)
+                yield loss, Together(part for part in parts if part is not None)
 
         # labels that a saliency mask may read must not reach the imitation
         outcome, _ = self.train_model(view.model(), passes, view, runtime)

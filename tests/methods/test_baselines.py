@@ -292,6 +292,63 @@ def test_scrub_rewinds_to_the_epoch_closest_to_the_validation_error(digits):
     assert error == pytest.approx(errors[best - 1], abs=1e-6)
 
 
+def test_scrub_is_the_loop_of_its_paper_with_its_temperature_and_signs():
+    """Whole batches in float64 against a loop written out, with all weights away from the defaults."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (40,), generator=generator)
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    student = copy.deepcopy(teacher)
+    method = SCRUB(
+        epochs=5, max_epochs=2, alpha=0.3, gamma=0.9, temperature=4.0, lr=0.1, decay_epochs=(2, 3)
+    )
+    outcome = run(Classification(teacher, (x, y)), method, Request(ids=tuple(range(8))))
+
+    def divergence(rows):
+        p = (teacher(rows).detach() / 4).softmax(1)
+        q = (student(rows) / 4).softmax(1)
+        return 16 * (p * (p.log() - q.log())).sum(1).mean()
+
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(1, 6):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * 0.1 ** sum(epoch > e for e in (2, 3))
+        losses = [lambda: -divergence(x[:8])] if epoch <= 2 else []
+        losses.append(
+            lambda: (
+                0.9 * nn.functional.cross_entropy(student(x[8:]), y[8:]) + 0.3 * divergence(x[8:])
+            )
+        )
+        for loss in losses:
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+    for got, wanted in zip(outcome.model.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+
+
+def test_scrub_never_rewinds_to_weights_that_are_not_finite():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, 6, generator=generator)
+    y = torch.randint(3, (60,), generator=generator)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    problem = Classification(net, (x, y), valid=(x, y))
+    seen = []
+    for lr in (1e8, 1e10, 1e12, 1e20, 1e38):
+        for epochs in (1, 2, 3, 4):
+            method = SCRUB(epochs=epochs, max_epochs=2, lr=lr, rewind=True, decay_epochs=())
+            runtime = Runtime(seed=0, threads=1)
+            view = View(problem, Request(label=(1,)), method.needs, runtime)
+            outcome = method.run(view, runtime)
+            assert all(bool(p.isfinite().all()) for p in outcome.runnable().parameters())
+            errors, chosen = outcome.details["forget_errors"], outcome.details["rewound_to_epoch"]
+            assert chosen is None if set(errors) == {None} else errors[chosen - 1] is not None
+            seen += errors
+    assert None in seen
+
+
 # ------------------------------------------------------------------ retrain
 
 

@@ -55,7 +55,12 @@ problem = xp.Classification(mlp(), (batch.x, batch.y))
 listed = xp.Classification(problem.model, Listed())
 normed = xp.Classification(SmallResNet(width=4), (batch.x.view(-1, 1, 8, 8), batch.y))
 request = xp.Request(label=(3,))
+other = everything.train.fetch(everything.train.ids[301:402])
 M = xp.methods
+fitted = xp.unlearn(  # rewinding compares the errors of a model that knows its data
+    problem, xp.Request(ids=(0,)), M.FineTune(epochs=10, lr=0.1), runtime=Runtime(alone=True)
+).model
+known = xp.Classification(fitted, (batch.x, batch.y), valid=(other.x, other.y))
 shared = {"epochs": 3, "lr": 0.05, "weight_decay": 1e-3, "batch_size": 50}
 # 301 samples in batches of 50: the last share of one process is often empty
 runs = {
@@ -65,6 +70,11 @@ runs = {
     "joint": (listed, M.RandomLabel(**{**shared, "batch_size": 3, "epochs": 1, "lr": 0.01}, order="joint")),
     "scrub": (problem, M.SCRUB(**shared, alpha=0.5, max_epochs=2, decay_epochs=(2,))),
     "salun": (problem, M.SalUn(**shared)),
+    "influence": (problem, M.Influence(samples=35, damping=0.1, batch_size=50)),
+    "influence-official": (problem, M.Influence(mode="official", scale=35)),
+    "rewind": (known, M.SCRUB(**{**shared, "epochs": 6, "lr": 0.01}, alpha=0.5, max_epochs=6, rewind=True,
+                              decay_epochs=())),
+    "unsir": (problem, M.UNSIR(copies=2, noise_steps=3, noise_size=8, lr=1e-3)),
     "normed": (normed, M.SCRUB(**{**shared, "epochs": 2}, alpha=0.5, norm="frozen")),
 }
 notes = {"processes": Runtime().processes}
@@ -73,7 +83,12 @@ for name, (of, method) in runs.items():
     if state.is_main_process:
         tensors = {k: v.contiguous() for k, v in outcome.model.state_dict().items()}
         save_file(tensors, folder / f"{name}.safetensors")
-        notes[name] = {"loss": [p["loss"] for p in outcome.curve], "samples": outcome.cost.samples}
+        notes[name] = {
+            "loss": [p["loss"] for p in outcome.curve],
+            "samples": outcome.cost.samples,
+            "gradients": outcome.cost.gradients,
+            "errors": outcome.details.get("forget_errors"),
+        }
     # every process ends with the same weights
     total = sum(p.double().sum() for p in outcome.model.parameters()).detach()
     mine = total.clone()
@@ -97,7 +112,19 @@ if state.num_processes > 1:
     torch.distributed.destroy_process_group()
 '''
 
-METHODS = ("finetune", "adam", "random-label", "joint", "scrub", "salun", "normed")
+METHODS = (
+    "finetune",
+    "adam",
+    "random-label",
+    "joint",
+    "scrub",
+    "salun",
+    "influence",
+    "influence-official",
+    "rewind",
+    "unsir",
+    "normed",
+)
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +183,16 @@ def test_two_processes_report_the_losses_of_one(outputs, name):
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
 
 
-def test_every_sample_is_counted_once_over_all_processes(outputs):
-    one, two = (notes(outputs[n])["finetune"]["samples"] for n in (1, 2))
-    assert one == two
+@pytest.mark.parametrize("name", METHODS)
+def test_every_sample_and_gradient_is_counted_once_over_all_processes(outputs, name):
+    one, two = (notes(outputs[n])[name] for n in (1, 2))
+    assert one["samples"] == two["samples"]
+    assert one["gradients"] == two["gradients"]
+
+
+def test_two_processes_rewind_by_the_errors_of_all_samples(outputs):
+    one, two = (notes(outputs[n])["rewind"]["errors"] for n in (1, 2))
+    assert one == two and len(set(one)) > 2
 
 
 def test_a_time_budget_stops_all_processes_together(outputs):

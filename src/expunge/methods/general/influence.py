@@ -7,12 +7,14 @@ empirical Fisher of K retain samples, in place of the Hessian.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from expunge.core.data import Batch
 from expunge.core.errors import ExpungeError
 from expunge.core.method import Method
 from expunge.core.needs import Card, Deviation, Needs
@@ -84,9 +86,7 @@ class Influence(Method):
         if self.mode == "exact":
             source = source.part(self.samples, runtime.generator(self.name, "fisher"))
         ids = source.ids[: self.scale] if self.mode == "official" else source.ids
-        batches = (source.fetch(part) for part in ids.split(default_chunk(model)))
-        rows = woodfisher.gradient_rows(model, view.each_loss, batches)
-        runtime.cost.gradients += len(ids)
+        rows = whole_rows(model, view, source.fetch, ids, v, runtime)
         if self.mode == "official":
             flowing = (row for chunk in rows for row in chunk)
             product = woodfisher.rescaled_recursion(flowing, v, self.scale)
@@ -103,6 +103,40 @@ class Influence(Method):
             "norm": "frozen",
         }
         return Outcome(model, details=details)
+
+
+def whole_rows(
+    model: nn.Module,
+    view: View,
+    fetch: Callable[[Tensor], Batch],
+    ids: Tensor,
+    like: Tensor,
+    runtime: Runtime,
+) -> Iterator[Tensor]:
+    """Yield gradients [B, P] of samples in the order of `ids`, the same in every process.
+
+    Each process computes its share, but the product with the inverse needs the rows of all.
+
+    Args:
+        model: the model.
+        view: gives the loss.
+        fetch: reads samples by id, this process' share of them.
+        ids: of the samples.
+        like: a vector [P] of the dtype the rows are put together in.
+        runtime: counts gradients, and puts the processes' rows together.
+    """
+    chunks = ids.split(default_chunk(model))
+    if runtime.processes == 1:
+        runtime.cost.gradients += len(ids)
+        yield from woodfisher.gradient_rows(model, view.each_loss, map(fetch, chunks))
+        return
+    for chunk in chunks:
+        batch, rows = fetch(chunk), like.new_zeros(len(chunk), len(like))
+        if len(batch):
+            own = next(woodfisher.gradient_rows(model, view.each_loss, [batch]))
+            rows[runtime.rank :: runtime.processes] = own
+        runtime.cost.gradients += len(batch)
+        yield runtime.sum(rows)
 
 
 def direction(model: nn.Module, view: View, runtime: Runtime, batch_size: int) -> Tensor:

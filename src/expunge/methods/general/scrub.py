@@ -116,24 +116,35 @@ class SCRUB(Training):
             snapshots=self.rewind,
         )  # fmt: skip
         if self.rewind:
-            self._rewind(outcome, fitted.snapshots, view)
+            self._rewind(outcome, fitted.snapshots, view, runtime)
         return outcome
 
-    def _rewind(self, outcome: Outcome, snapshots: list[dict[str, Tensor]], view: View) -> None:
-        """Put back the epoch whose forget error is closest to the final validation error."""
+    def _rewind(
+        self, outcome: Outcome, snapshots: list[dict[str, Tensor]], view: View, runtime: Runtime
+    ) -> None:
+        """Put back the epoch whose forget error is closest to the final validation error.
+
+        An epoch that ended in weights that are not finite has no error and is never chosen; if none
+        is left, the model stays as the training gave it.
+        """
         model = outcome.runnable()
         classes = view.forget.labels().unique()
         if not bool(torch.isin(view.validation.labels(), classes).any()):
             raise DataError("SCRUB: rewind needs validation samples of the classes to forget")
-        wanted = error_rate(model, view.validation, view, classes)
-        errors = []
+        wanted = error_rate(model, view.validation, view, runtime, classes)
+        final = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        errors: list[float | None] = []
         for state in snapshots:
+            if not all(bool(v.isfinite().all()) for v in state.values()):
+                errors.append(None)
+                continue
             model.load_state_dict(state)
-            errors.append(error_rate(model, view.forget, view))
-        best = min(range(len(errors)), key=lambda e: (abs(errors[e] - wanted), -e))
-        model.load_state_dict(snapshots[best])
+            errors.append(error_rate(model, view.forget, view, runtime))
+        away = [(abs(error - wanted), -e) for e, error in enumerate(errors) if error is not None]
+        best = -min(away)[1] if away else None
+        model.load_state_dict(final if best is None else snapshots[best])
         outcome.details |= {
-            "rewound_to_epoch": best + 1,
+            "rewound_to_epoch": None if best is None else best + 1,
             "validation_error": wanted,
             "forget_errors": errors,
         }
@@ -141,10 +152,13 @@ class SCRUB(Training):
 
 @torch.no_grad()
 def error_rate(
-    model: nn.Module, source: Source, view: View, classes: Tensor | None = None
+    model: nn.Module, source: Source, view: View, runtime: Runtime, classes: Tensor | None = None
 ) -> float:
-    """Share of wrong predictions on a source, of some classes only if given; 1 if there are none."""
-    wrong = total = 0
+    """Share of wrong predictions on a source, of some classes only if given; 1 if there are none.
+
+    Every process counts its share and gets the error over all of them.
+    """
+    counts = torch.zeros(2, dtype=torch.long, device=runtime.device)
     model.eval()
     for batch in source.batches(256):
         assert batch.y is not None
@@ -153,6 +167,8 @@ def error_rate(
             if classes is None
             else torch.isin(batch.y.cpu(), classes).to(batch.y.device)
         )
-        wrong += int((view.logits(model, batch).argmax(1) != batch.y)[keep].sum())
-        total += int(keep.sum())
+        if len(batch):
+            counts[0] += (view.logits(model, batch).argmax(1) != batch.y)[keep].sum()
+            counts[1] += keep.sum()
+    wrong, total = runtime.sum(counts).tolist()
     return wrong / total if total else 1.0

@@ -150,7 +150,7 @@ class UNSIR(Training):
                 optimizer.zero_grad()
                 value(free).backward()
                 optimizer.step()
-                runtime.cost.gradients += self.noise_size
+                runtime.cost.gradients += self.noise_size * runtime.is_main  # all shape the same
             losses.append([first, float(value(free.detach()))])
             found.append(free.detach().to(sample.dtype))
         if not all(bool(n.isfinite().all()) for n in found):

@@ -3,9 +3,9 @@
     python benchmarks/method_cost.py
 
 Each plain loop is what one writes from the paper's equations with torch alone: same data order
-length, batch sizes, epochs and optimiser, no checks, no curve, no checkpoints. Both sides run in a
-fresh process each, in turn, several times; the fastest turn counts, in CPU seconds, and the largest peak. Writes
-`benchmarks/results/method_cost.json` and `.md`.
+length, batch sizes, epochs and optimiser, no checks, no curve, no checkpoints. For time both sides
+run in turn in one process, and the fastest turn of each counts, in CPU seconds; memory is the growth
+of a fresh process. Writes `benchmarks/results/method_cost.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -167,41 +167,47 @@ PLAIN = {
 }
 
 
-def probe(side: str, name: str, samples: int) -> None:
-    """Run one side of one method in this fresh process, after a small run that warms up."""
+def run(side: str, name: str, model: nn.Module, samples: int) -> xp.Cost:
+    x, y = torch.randn(samples, 1, 28, 28), torch.arange(samples) % CLASSES
+    runtime = xp.Runtime(threads=1)
+    if side == "ours":
+        problem = xp.Classification(model, (x, y), build=small_resnet)
+        return xp.unlearn(problem, xp.forget(label=LABEL), OURS[name](), runtime=runtime).cost
+    mine = copy.deepcopy(model)
+    with runtime.metered() as cost:
+        PLAIN[name](mine, x, y)
+    return cost
+
+
+def probe(sides: list[str], name: str, samples: int, repeats: int) -> None:
+    """Run sides of one method in turn in this fresh process, after a small run that warms up."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = small_resnet().eval()
+    for side in sides:
+        run(side, name, model, 120)
+    found: dict[str, list[xp.Cost]] = {side: [] for side in sides}
+    for _ in range(repeats):
+        for side, costs in found.items():
+            costs.append(run(side, name, model, samples))
+    print(json.dumps({side: [vars(c) for c in costs] for side, costs in found.items()}))
 
-    def once(n: int) -> xp.Cost:
-        x, y = torch.randn(n, 1, 28, 28), torch.arange(n) % CLASSES
-        runtime = xp.Runtime(threads=1)
-        if side == "ours":
-            problem = xp.Classification(model, (x, y), build=small_resnet)
-            return xp.unlearn(problem, xp.forget(label=LABEL), OURS[name](), runtime=runtime).cost
-        mine = copy.deepcopy(model)
-        with runtime.metered() as cost:
-            PLAIN[name](mine, x, y)
-        return cost
 
-    once(120)
-    cost = once(samples)
-    print(json.dumps({"seconds": cost.processor, "peak_bytes": cost.peak_bytes}))
+def fresh(sides: list[str], name: str, samples: int, repeats: int) -> dict[str, list[dict]]:
+    words = [",".join(sides), name, str(samples), str(repeats)]
+    command = [sys.executable, __file__, "--probe", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 def measure(names: list[str], samples: int, repeats: int) -> list[dict]:
     rows = []
     for name in names:
-        found: dict[str, list[dict]] = {"ours": [], "plain": []}
-        for _ in range(repeats):
-            for side, kept in found.items():
-                command = [sys.executable, __file__, "--probe", side, name, str(samples)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                kept.append(json.loads(done.stdout))
-        row = {"method": name, "turns": found}
-        for side, kept in found.items():
-            row[f"{side}_ms_per_sample"] = 1e3 * min(k["seconds"] for k in kept) / samples
-            row[f"{side}_peak_bytes"] = max(k["peak_bytes"] for k in kept)
+        turns = fresh(["ours", "plain"], name, samples, repeats)
+        row = {"method": name, "turns": turns}
+        for side, costs in turns.items():
+            row[f"{side}_ms_per_sample"] = 1e3 * min(c["processor"] for c in costs) / samples
+            row[f"{side}_peak_bytes"] = fresh([side], name, samples, 1)[side][0]["peak_bytes"]
         row["time_ratio"] = row["ours_ms_per_sample"] / row["plain_ms_per_sample"]
         rows.append(row)
         print(f"{name}: {row['time_ratio']:.2f} of the plain loop's time", flush=True)
@@ -213,7 +219,7 @@ def table(result: dict) -> str:
         "# Five methods beside plain loops",
         "",
         f"Small ResNet, {result['samples']:,} images, {EPOCHS} epochs, float32, one thread; the fastest of "
-        f"{result['repeats']} turns, each in a fresh process. Below 1: ours is faster. Peaks are growth of the process while it runs.",
+        f"{result['repeats']} turns. Below 1: ours is faster. Peaks are growth of a fresh process while it runs.",
         "",
         "| method | ours, CPU ms a sample | plain loop | ratio | ours, peak MiB | plain loop |",
         "|---|---:|---:|---:|---:|---:|",
@@ -230,13 +236,13 @@ def table(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=list(OURS))
-    parser.add_argument("--probe", nargs=3)
+    parser.add_argument("--probe", nargs=4)
     arguments = parser.parse_args()
     if arguments.probe:
-        side, name, samples = arguments.probe
-        return probe(side, name, int(samples))
+        sides, name, samples, repeats = arguments.probe
+        return probe(sides.split(","), name, int(samples), int(repeats))
     result = {
         "command": "python benchmarks/method_cost.py",
         "samples": arguments.samples,

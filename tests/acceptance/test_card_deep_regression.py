@@ -1,6 +1,7 @@
-"""The card's run: digits as numbers, those up to 2 forgotten, three seeds, orderings of the means.
+"""The card's run: digits as numbers, those up to 2 forgotten, five seeds, orderings of the medians.
 
-A count of updates is small and depends on the seed: two methods may tie in a single one.
+A count of updates varies much between seeds (two methods may tie in one, and a first step that tears
+a model apart multiplies it), so figures are medians over the seeds.
 Writes benchmarks/results/deep_regression.json and .md with the command that made them.
 """
 
@@ -23,7 +24,7 @@ from expunge.methods.regression.blindspot import Blindspot
 from expunge.workloads.digits_range import digits_range
 
 pytestmark = pytest.mark.acceptance
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 # the card's settings; batches as in the original training, whose size it leaves open for the rest
 METHODS = {
     "finetune": xp.methods.FineTune(epochs=5, lr=1e-3, step="adam", batch_size=64),
@@ -81,30 +82,30 @@ def measure(seed: int) -> dict[str, dict[str, float]]:
 @pytest.fixture(scope="module")
 def measured() -> dict[int, dict[str, dict[str, float]]]:
     found = {seed: measure(seed) for seed in SEEDS}
-    mean = mean_of(found)
+    middle = median_of(found)
     rows = []
     for expected, names, column in ORDERINGS:
-        values = [mean[n][column] for n in names]
+        values = [middle[n][column] for n in names]
         rows.append((expected, " < ".join(f"{v:.3f}" for v in values), rising(values)))
-    kept = [mean[n]["retain"] for n in ("blindspot", "blindspot model")]
+    kept = [middle[n]["retain"] for n in ("blindspot", "blindspot model")]
     rows.append((
         "retain MAE of blindspot ≤ that of its blindspot model",
         f"{kept[0]:.3f} ≤ {kept[1]:.3f}",
         kept[0] <= kept[1],
     ))
     settings = {n: m.in_force() for n, m in METHODS.items()} | {"relearn-time": RELEARN.in_force()}
-    data = {"settings": settings, "mean": mean}
+    data = {"settings": settings, "median": middle}
     data |= {"measured": {str(s): m for s, m in found.items()}, "card": CARD}
     write("deep_regression", data, rows)
     return found
 
 
-def mean_of(found):
-    """Means over the seeds by model and figure."""
+def median_of(found):
+    """Medians over the seeds by model and figure."""
     first = found[SEEDS[0]]
     return {
         name: {
-            c: None if row[c] is None else statistics.fmean(found[s][name][c] for s in SEEDS)
+            c: None if row[c] is None else statistics.median(found[s][name][c] for s in SEEDS)
             for c in row
         }
         for name, row in first.items()
@@ -112,18 +113,18 @@ def mean_of(found):
 
 
 def test_w1_blindspot_gaussian_finetune_original(measured):
-    w1 = {name: row["w1"] for name, row in mean_of(measured).items()}
+    w1 = {name: row["w1"] for name, row in median_of(measured).items()}
     assert w1["blindspot"] < w1["gaussian-amnesiac"] < w1["finetune"]
     assert abs(w1["finetune"] - w1["original"]) < 0.1 * w1["original"]
 
 
 def test_ain_finetune_gaussian_blindspot_retrained(measured):
-    ain = {name: row["ain"] for name, row in mean_of(measured).items()}
+    ain = {name: row["ain"] for name, row in median_of(measured).items()}
     assert ain["finetune"] < ain["gaussian-amnesiac"] < ain["blindspot"] < 1
 
 
 def test_blindspot_is_no_worse_on_what_is_kept_than_its_blindspot_model(measured):
-    rows = mean_of(measured)
+    rows = median_of(measured)
     assert rows["blindspot"]["retain"] <= rows["blindspot model"]["retain"]
 
 

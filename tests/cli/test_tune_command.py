@@ -24,7 +24,7 @@ def test_json_and_toml(tmp_path):
     done = invoke(*words, "--json", store=tmp_path)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert set(found) == {"run", "method", "value", "began_with", "tuning", "reported", "budget", "space", "trials"}  # fmt: skip
+    assert set(found) == {"run", "method", "value", "began_with", "tuning", "reported", "unseen", "budget", "space", "trials"}  # fmt: skip
     assert found["tuning"][0]["label"] == [7, 1] and found["reported"]["label"] == [3]
     assert found["method"]["name"] == "finetune" and len(found["trials"]) == 2
     assert found["space"]["lr"] == {"low": 0.05, "high": 0.5, "log": True, "whole": False}

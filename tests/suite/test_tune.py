@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tomllib
 from typing import ClassVar
 
 import pytest
+import torch
 
 import expunge as xp
 from expunge.core.audit import Finding
 from expunge.core.errors import Interrupted, NeedsError, SettingError, UserError
 from expunge.core.runtime import Runtime
 from expunge.methods import registry
+from expunge.suite.search import Budget, Trial
 from expunge.suite.space import space_of
 from expunge.suite.suite import suite_from
 from expunge.suite.tune import apart, keep_apart, terms, write_tuning
@@ -52,7 +55,7 @@ def test_the_best_trial_wins_and_every_trial_is_there(found, digits):
 
 def test_the_first_trial_is_the_method_as_it_came(found, digits, store):
     method = xp.methods.FineTune(**digits.tuned["finetune"])
-    outcome = xp.unlearn(digits, SEVEN, method, runtime=RUNTIME)
+    outcome = xp.unlearn(_with_valid_as_test(digits), SEVEN, method, runtime=RUNTIME)
     findings = xp.audit(outcome, ["accuracy"], references=1, store=store, runtime=RUNTIME)
     first = found.trials[0].terms
     for finding in findings:
@@ -69,7 +72,7 @@ def test_the_result_is_a_method_for_compare_and_suites(found, digits, store, tmp
     write_tuning(found, tmp_path / "tuned.json")
     loaded = json.loads((tmp_path / "tuned.json").read_text())
     assert loaded["method"] == found.spec and len(loaded["trials"]) == 6
-    compared = xp.compare(digits, SEVEN, [found.spec], references=1, audits=["accuracy"], store=store, runtime=RUNTIME)  # fmt: skip
+    compared = xp.compare(_with_valid_as_test(digits), SEVEN, [found.spec], references=1, audits=["accuracy"], store=store, runtime=RUNTIME)  # fmt: skip
     row = compared.rows[-1]
     assert {k: row["settings"]["in_force"][k] for k in found.settings} == found.settings
     best = next(t for t in found.trials if t.value == found.value)
@@ -119,6 +122,28 @@ def test_stopped_and_called_again_it_is_one_search(found, digits, tmp_path):
     assert search(digits, store, 6).run == more.run  # nothing is left to do
 
 
+def test_a_smaller_budget_takes_the_first_trials_of_a_longer_search(found, digits, store, tmp_path):
+    small = search(digits, store, 2)
+    fresh = search(digits, xp.Store.open(tmp_path), 2)
+    assert [(t.settings, t.value) for t in small.trials] == [
+        (t.settings, t.value) for t in found.trials[:2]
+    ]
+    assert small.budget == Budget(trials=2) and len(fresh.trials) == 2
+    assert [(t.settings, t.value) for t in fresh.trials] == [
+        (t.settings, t.value) for t in small.trials
+    ]
+    assert small.settings == fresh.settings and small.value == fresh.value
+    assert len(search(digits, store, 6).trials) == 6  # nothing of the longer one is lost
+
+
+def test_the_trials_a_budget_pays_for():
+    trials = [Trial({}, 0.5, seconds) for seconds in (2.0, 3.0, 4.0)]
+    assert Budget(trials=5).within(trials) == trials
+    assert Budget(seconds=2.5).within(trials) == trials[:2]  # the second ends after it
+    assert Budget(trials=1, seconds=100.0).within(trials) == trials[:1]
+    assert Budget(seconds=9.0).within(trials) == trials
+
+
 class _Counter(_Killer):
     def __init__(self, tried):
         self.tried = tried
@@ -161,6 +186,78 @@ def test_settings_that_do_not_work_are_trials_with_a_reason(digits, store):
     assert found.value == found.trials[0].value and "alpha" not in found.settings
     with pytest.raises(xp.ExpungeError, match="none of 1 trials"):
         xp.tune(digits, {"name": "ssd", "alpha": 1000.0}, SEVEN, reported=THREE, trials=1, references=1, store=store, runtime=RUNTIME, space={"lam": (0.1, 1.0)})  # fmt: skip
+
+
+def _failing(monkeypatch, error, nth=2):
+    from expunge.suite import tune as module
+
+    calls, real = [], module.unlearn
+
+    def failing(*args, **options):
+        calls.append(1)
+        if len(calls) == nth:
+            raise error
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "unlearn", failing)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("the matrix is singular"), OverflowError("too large"), torch.linalg.LinAlgError("no factor")],
+)  # fmt: skip
+def test_a_trial_that_breaks_is_a_trial_with_a_reason(digits, tmp_path, monkeypatch, error):
+    store = xp.Store.open(tmp_path)
+    _failing(monkeypatch, error)
+    found = search(digits, store, 3)
+    assert len(found.trials) == 3 and found.trials[1].value is None
+    assert str(error) in found.trials[1].reason and type(error).__name__ in found.trials[1].reason
+    monkeypatch.undo()  # what is in the store is not tried again
+    assert search(digits, store, 3).trials == found.trials
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("can't allocate memory: 8 bytes")]
+)
+def test_a_machine_without_memory_is_no_trial(digits, tmp_path, monkeypatch, error):
+    store = xp.Store.open(tmp_path)
+    _failing(monkeypatch, error)
+    with pytest.raises(type(error)):
+        search(digits, store, 3)
+    monkeypatch.undo()
+    assert all(t.value is not None for t in search(digits, store, 2).trials)
+
+
+def _with_valid_as_test(digits):
+    return xp.Classification(digits.model, digits.train, digits.valid, recipe=digits.recipe)
+
+
+def test_trials_look_at_validation_data_and_never_at_test_data(digits, store, monkeypatch):
+    problem, test = copy.copy(digits), copy.copy(digits.test)
+    problem.test, problem._hashes = test, {}
+    test.fingerprint()  # a part of what the problem is called, and read for that only
+    for reads in ("fetch", "labels_of"):
+        monkeypatch.setattr(test, reads, lambda ids: pytest.fail("test data was read"))
+    found = search(problem, store, 2, references=2)
+    assert found.unseen == "validation" and store.get(found.run).record["unseen"] == "validation"
+    assert "unseen samples: validation data" in found.toml()
+
+
+def test_without_validation_data_it_says_that_test_data_is_looked_at(found, digits, store):
+    bare, said = copy.copy(digits), []
+    bare.valid = None
+    on_test = search(bare, store, 1, runtime=Runtime(threads=1, reporter=_Sayer(said)))
+    assert on_test.unseen == "test" and "unseen samples: test data" in on_test.toml()
+    assert any("valid=" in line for line in said)
+    assert on_test.trials[0].terms != found.trials[0].terms
+
+
+class _Sayer(xp.Runtime().reporter.__class__):
+    def __init__(self, said):
+        self.said = said
+
+    def say(self, text):
+        self.said.append(text)
 
 
 def test_the_reported_request_is_refused(digits, store):

@@ -3,18 +3,16 @@ r"""Tune: choose a method's settings on a *tuning* forget set, under a stated bu
 Each trial unlearns the tuning request and is audited against models retrained without it. What is
 made small is the mean distance to them: \(|v - v_{ref}|\) of accuracies and of one membership AUC,
 and of a regressor's errors as a share of \(v_{ref}\). The request that will be reported is named
-too, and must have no sample in common with those tuned on.
+too, and must have no sample in common with those tuned on. Unseen samples are those of the problem's
+validation data; without any, those of its test data, and the result says so.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import json
-import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import torch
 
 from expunge import __version__
 from expunge.core.audit import Audit, Finding, Subject
-from expunge.core.errors import ExpungeError, Interrupted, NeedsError, SettingError, UserError
+from expunge.core.errors import ExpungeError, NeedsError, SettingError, UserError
 from expunge.core.hashing import content_key, plain
 from expunge.core.method import Method, package_versions, unlearn
 from expunge.core.outcome import Cost
@@ -32,48 +30,9 @@ from expunge.core.runtime import Runtime
 from expunge.store import Store
 from expunge.suite.bench import Bench
 from expunge.suite.compare import MethodSpec, make_method
-from expunge.suite.space import Space, distribution, space_of, within
-
-RANDOM_TRIALS = 5
-"""Trials before the sampler has seen enough to prefer anything."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What tuning may use; at least one of the two.
-
-    Attributes:
-        trials: settings tried, failures included.
-        seconds: wall time of the trials; the last one may end later. References come on top.
-    """
-
-    trials: int | None = None
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        """Insist on a budget."""
-        if self.trials is None and self.seconds is None:
-            raise SettingError("state a budget: trials=, seconds= or both")
-        for name, value in asdict(self).items():
-            if value is not None and not value > 0:
-                raise SettingError(f"a budget's {name} must be above 0, not {value}")
-
-    def spent(self, trials: Sequence[Trial]) -> bool:
-        """Whether these trials used it up."""
-        return (self.trials is not None and len(trials) >= self.trials) or (
-            self.seconds is not None and sum(t.seconds for t in trials) >= self.seconds
-        )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Settings that were tried: their distance with its terms, or the reason why there is none."""
-
-    settings: dict[str, Any]
-    value: float | None
-    seconds: float
-    terms: dict[str, float] = dataclasses.field(default_factory=dict)
-    reason: str | None = None
+from expunge.suite.search import Budget as Budget
+from expunge.suite.search import Trial, import_optuna, search
+from expunge.suite.space import Space, space_of
 
 
 @dataclass(frozen=True)
@@ -89,6 +48,7 @@ class Tuning:
         budget: what was allowed.
         space: what was searched, by setting.
         trials: all of them, in order; the first is the method as it came.
+        unseen: where samples that were in no training came from: `validation` or `test` data.
         run: id of the record in the store.
     """
 
@@ -100,6 +60,7 @@ class Tuning:
     budget: Budget
     space: dict[str, Any]
     trials: tuple[Trial, ...]
+    unseen: str = "test"
     run: str = ""
 
     @property
@@ -116,6 +77,7 @@ class Tuning:
             "began_with": self.trials[0].value,
             "tuning": [r.to_dict() for r in self.tuning],
             "reported": self.reported.to_dict(),
+            "unseen": self.unseen,
             "budget": self.budget,
             "space": self.space,
             "trials": self.trials,
@@ -129,7 +91,7 @@ class Tuning:
         began = "" if first is None else f" instead of {first:.4g}"
         return (
             f"# tuned on {on}, apart from {self.reported}: {len(self.trials)} trials, "
-            f"distance {self.value:.4g}{began}\nmethods = [{{ {', '.join(parts)} }}]\n"
+            f"distance {self.value:.4g}{began}; unseen samples: {self.unseen} data\nmethods = [{{ {', '.join(parts)} }}]\n"
         )
 
 
@@ -182,7 +144,7 @@ def tune(
     bench = bench or Bench(store or Store.temporary(), runtime or Runtime())
     requests = (tuning,) if isinstance(tuning, Request) else tuple(tuning)
     budget = Budget(trials, seconds)
-    _optuna()  # before any work
+    import_optuna()  # before any work
     base, _ = make_method(method, problem)
     problem.check()
     for one_request in (*requests, reported):
@@ -196,14 +158,19 @@ def tune(
     measured = list(audits) if audits is not None else _audits(problem)
     for one in audit_list(measured):
         one.needs.check(one.name, problem)
+    judged, unseen = on_validation(problem), "test" if problem.valid is None else "validation"
+    if problem.valid is None and problem.test is not None:
+        bench.runtime.reporter.say(
+            "tuning looks at the test data that results are reported on; pass valid= to keep it apart"
+        )
     key = content_key([
         "tune", __version__, problem.fingerprint(), problem.recipe_key(),
         base.name, base.in_force(), [r.key for r in requests], searched, references, list(seeds),
         [a if isinstance(a, str) else [a.name, a.in_force()] for a in measured],
-        bench.runtime.describe(),
+        bench.runtime.describe(), unseen,
     ])  # fmt: skip
     subjects = [
-        [Subject(r.model, problem, request, bench.runtime) for r in bench.references(problem, request, references)]
+        [Subject(r.model, judged, request, bench.runtime) for r in bench.references(problem, request, references)]
         for request in requests
     ]  # fmt: skip
 
@@ -214,21 +181,21 @@ def tune(
         for (request, theirs), seed in ((p, s) for p in zip(requests, subjects, strict=True) for s in seeds):  # fmt: skip
             inner = replace(bench.runtime, seed=seed, checkpoint=None, cost=Cost())
             outcome = unlearn(problem, request, made, runtime=inner, prepared=ready)
-            released = Subject(outcome.released(), problem, request, bench.runtime)
+            released = Subject(outcome.released(), judged, request, bench.runtime)
             parts.append(
                 terms(run_audits(released, theirs, measured, replace(bench.runtime, seed=0)))
             )
         every = {n: sum(p[n] for p in parts if n in p) / sum(n in p for p in parts) for p in parts for n in p}  # fmt: skip
         return sum(sum(p.values()) / len(p) for p in parts) / len(parts), every
 
-    done = _search(base, searched, budget, bench, key, attempt)
+    done = search(base, searched, budget, bench, key, attempt)
     best = min((t for t in done if t.value is not None), key=lambda t: t.value or 0.0, default=None)
     if best is None:
         why = done[-1].reason if done else "the budget was spent before the first trial"
         raise ExpungeError(f"none of {len(done)} trials of {base.name} gave a result; {why}")
     found = Tuning(
         base.name, _shown(base, best.settings, problem), float(best.value or 0.0), requests,
-        reported, budget, searched, tuple(done),
+        reported, budget, searched, tuple(done), unseen,
     )  # fmt: skip
     record = found.to_dict() | {"problem": problem.name, "packages": package_versions()}
     record |= {"method": {"name": base.name, "in_force": found.settings}}
@@ -237,6 +204,16 @@ def tune(
         parents=[bench.original(problem)],
     )  # fmt: skip
     return replace(found, run=run)
+
+
+def on_validation(problem: Problem) -> Problem:
+    """The problem as trials are measured on it: validation data in place of test data, if there is some."""
+    if problem.valid is None:
+        return problem
+    judged = copy.copy(problem)
+    judged.test, judged._hashes = problem.valid, {}
+    vars(judged).pop("_original_subjects", None)  # they hold outputs on the test data
+    return judged
 
 
 def keep_apart(problem: Problem, tuning: Sequence[Request], reported: Request) -> None:
@@ -303,98 +280,6 @@ def _shown(base: Method, tried: Mapping[str, Any], problem: Problem) -> dict[str
     plainly = {s["name"]: s["default"] for s in type(base).describe_settings()}
     named = {*tried, *problem.tuned.get(base.name, {})}
     return {n: v for n, v in force.items() if n in named or v != plainly[n]}
-
-
-def _search(
-    base: Method, searched: Mapping[str, Any], budget: Budget, bench: Bench, key: str, attempt: Any
-) -> list[Trial]:
-    """Run trials until the budget is spent; earlier ones of the same search count."""
-    with _quiet_optuna() as optuna:
-        folder = bench.store.folder / "tuning"
-        folder.mkdir(parents=True, exist_ok=True)
-        backend = optuna.storages.journal.JournalFileBackend(str(folder / f"{key}.log"))
-        study = optuna.create_study(
-            study_name=key, storage=optuna.storages.JournalStorage(backend), load_if_exists=True
-        )
-        ranges = {n: distribution(optuna, s) for n, s in searched.items()}
-        began = {n: v for n in searched if within(v := getattr(base, n), searched[n])}
-        done = _finished(optuna, study)
-        with bench.runtime.task(f"tune {base.name}", budget.trials) as task:
-            task.advance(len(done))
-            while not budget.spent(done):
-                if not done:  # the method as it came, wherever that lies in the space
-                    value, notes = _measured(attempt, {})
-                    study.add_trial(
-                        optuna.trial.create_trial(
-                            state=_state(optuna, value), value=value, params=began,
-                            distributions={n: ranges[n] for n in began}, user_attrs=notes,
-                        )
-                    )  # fmt: skip
-                else:
-                    # draws depend on what was finished only, so stopping changes nothing
-                    study.sampler = optuna.samplers.TPESampler(
-                        seed=bench.runtime.seed_for("tune", len(done)) % 2**32,
-                        n_startup_trials=RANDOM_TRIALS,
-                    )
-                    asked = study.ask(ranges)
-                    value, notes = _measured(attempt, asked.params)
-                    for name, note in notes.items():
-                        asked.set_user_attr(name, note)
-                    study.tell(asked, value, state=_state(optuna, value))
-                done = _finished(optuna, study)
-                task.advance()
-    return done
-
-
-def _measured(attempt: Any, settings: Mapping[str, Any]) -> tuple[float | None, dict[str, Any]]:
-    """The distance of a trial, None if the settings do not work, and what is noted beside it."""
-    start = time.perf_counter()
-    try:
-        value, parts = attempt(settings)
-        if not math.isfinite(value):
-            raise ExpungeError("the distance is not a finite number")
-    except Interrupted:
-        raise
-    except ExpungeError as error:  # others may work
-        return None, {"reason": str(error), "seconds": time.perf_counter() - start}
-    return value, {"terms": parts, "seconds": time.perf_counter() - start}
-
-
-def _state(optuna: Any, value: float | None) -> Any:
-    states = optuna.trial.TrialState
-    return states.FAIL if value is None else states.COMPLETE
-
-
-def _finished(optuna: Any, study: Any) -> list[Trial]:
-    """Trials that ended, in order; those that a kill left open never do."""
-    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
-    return [
-        Trial(
-            t.params, t.value, t.user_attrs.get("seconds", 0.0),
-            t.user_attrs.get("terms", {}), t.user_attrs.get("reason"),
-        )
-        for t in study.get_trials(deepcopy=False, states=states)
-    ]  # fmt: skip
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError("tuning needs Optuna; pip install 'expunge[tune]'") from error
-    return optuna
-
-
-@contextmanager
-def _quiet_optuna() -> Iterator[Any]:
-    """Optuna, with its own log lines held back: progress is reported by the runtime."""
-    optuna = _optuna()
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield optuna
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 def check_ending(path: str | Path) -> str:

@@ -102,6 +102,22 @@ def test_boundary_shrink_means_pixels_whatever_the_normalisation(digits):
     assert not torch.equal(there, labels[0])
 
 
+def test_boundary_shrink_climbs_the_loss_in_the_space_of_inputs_too():
+    """Down the loss no attack would ever succeed."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    y = net(x).argmax(1)  # all right to begin with
+    problem, request = Classification(net, (x, y)), Request(ids=tuple(range(20)))
+    method = BoundaryShrink(epsilon=0.3, space="inputs")
+    _, labels = method.nearest(view_of(problem, method, request), Runtime(seed=0))
+    free = x[:20].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(nn.functional.cross_entropy(net(free), y[:20]), free)
+    assert torch.equal(labels, net(x[:20] + 0.3 * slope.sign()).argmax(1))
+    assert 3 < int((labels != y[:20]).sum()) < 20
+
+
 def test_boundary_shrink_normalises_by_channel():
     torch.manual_seed(0)
     x = torch.rand(20, 3, 4, 4)

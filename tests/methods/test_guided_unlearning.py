@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -191,6 +192,44 @@ def test_guided_passes_have_their_own_optimiser(digits, monkeypatch):
     assert len(made) == 7 + 3
 
 
+def test_guided_is_the_loop_of_its_card_with_clipped_ascent():
+    """Whole batches in float64 against a loop written out; the clip decides the ascent's length."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (40,), generator=generator)
+
+    def build():
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+    torch.manual_seed(0)
+    original = build()
+    problem, request = Classification(original, (x, y), build=build), Request(ids=tuple(range(8)))
+    method = GuidedUnlearning(epochs=3, lr=0.1, reset=1, ascent=0.5, batch_size=64, clip=0.05)
+    outcome = run(problem, method, request)
+
+    model = copy.deepcopy(original)
+    model[2].load_state_dict(view_of(problem, request).fresh("reset")[2].state_dict())
+    with torch.no_grad():
+        labels = original(x[:8]).scatter(1, y[:8, None], -torch.inf).argmax(1)
+    better = torch.cat([labels, y[8:]])
+
+    def step(lr, sign, inputs, targets, clip=None):
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+        optimizer.zero_grad()
+        (sign * nn.functional.cross_entropy(model(inputs), targets)).backward()
+        if clip is not None:
+            assert float(nn.utils.clip_grad_norm_(model.parameters(), clip)) > 2 * clip
+        optimizer.step()
+
+    step(0.1, 1, x[8:], y[8:])
+    for epoch in range(3):
+        lr = 0.1 * (0.1 + 0.9 * (1 + math.cos(math.pi * epoch / 3)) / 2)
+        step(lr * 0.5, -1, x[:8], y[:8], clip=0.05)
+        step(lr, 1, x, better)
+    for got, wanted in zip(outcome.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-7)
+
+
 # ------------------------------------------------------------------ groups and reset
 
 
@@ -250,6 +289,51 @@ def test_reset_keeps_a_pruned_model_pruned(digits):
     after = run(problem, GuidedUnlearning(reset=1, epochs=1)).model
     assert not after[4].weight[:, ::2].any()
     assert bool((after[4].weight[:, 1::2] != model[4].weight[:, 1::2]).all())
+
+
+class Tied(nn.Module):
+    """The third layer shares the matrix of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle = nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
+        self.third, self.last = nn.Linear(6, 6, bias=False), nn.Linear(6, 3)
+        self.third.weight = self.first.weight
+
+    def forward(self, x):
+        for layer in (self.first, self.middle, self.third):
+            x = layer(x).tanh()
+        return self.last(x)
+
+
+def test_reset_takes_a_shared_weight_for_one():
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 6), torch.arange(20) % 3
+    problem = Classification(Tied(), (x, y), build=Tied)
+    frozen = run(problem, GuidedUnlearning(epochs=1, reset=2, train="last(1)"), Request(label=(1,)))
+    assert torch.equal(frozen.model.first.weight, problem.model.first.weight)
+    assert frozen.details["renewed"] == 21
+    free = run(problem, GuidedUnlearning(epochs=1, reset=2, lr=1e-9), Request(label=(1,)))
+    assert free.details["renewed"] == 36 + 21
+    fresh = problem.fresh(Runtime(seed=0).seed_for("fresh", "reset"))
+    torch.testing.assert_close(free.model.third.weight, fresh.third.weight, atol=1e-5, rtol=0)
+    assert free.model.third.weight is free.model.first.weight
+
+
+@pytest.mark.parametrize("norm", ["frozen", "recalibrate"])
+def test_guided_refuses_statistics_of_an_untrained_model(norm):
+    torch.manual_seed(0)
+    x, y = torch.rand(40, 1, 8, 8), torch.arange(40) % 10
+
+    def build():
+        return SmallResNet(width=4)
+
+    problem = Classification(build(), (x, y), build=build)
+    with pytest.raises(SettingError, match=r"running statistics of 'block3.*norm=train or reset=0"):
+        run(problem, GuidedUnlearning(reset=2, norm=norm, epochs=1))
+    # the head alone has none; what is frozen keeps its own
+    for settings in ({"reset": 1}, {"reset": 0}, {"reset": 2, "train": "last(1)"}):
+        run(problem, GuidedUnlearning(norm=norm, epochs=1, **settings))
 
 
 def test_guided_reset_draws_new_weights_and_its_share_is_recorded(digits):

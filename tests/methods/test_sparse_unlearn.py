@@ -232,6 +232,58 @@ def test_sparse_unlearn_invariant_4_the_true_hessian_leads_to_the_retrained_opti
     assert float((step - wanted).norm()) * 10 < float(wanted.norm())
 
 
+def distances(model, problem, request, optimum, damping):
+    """Distance to the retrained optimum before and after `Influence` with each damping."""
+    moved = [
+        run(problem, Influence(samples=1000, damping=d), request).model.eval() for d in damping
+    ]
+    weights = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (optimum, model, *moved)]  # fmt: skip
+    return [float((w - weights[0]).norm()) for w in weights[1:]]
+
+
+def test_influence_goes_half_of_the_way_on_logistic_regression():
+    """The figures of its page; the empirical Fisher is no more than near the Hessian."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 5, dtype=torch.float64)
+    teacher = torch.randn(5, 3, dtype=torch.float64)
+    y = (x @ teacher + torch.randn(300, 3, dtype=torch.float64)).argmax(1)
+
+    def each(model, batch):
+        fit = nn.functional.cross_entropy(model(batch.x), batch.y, reduction="none")
+        return fit + 5e-3 * sum(p.square().sum() for p in model.parameters())
+
+    data = xp.Data((x, y))
+    model = nn.Linear(5, 3).double()
+    minimise(model, lambda: each(model, data.fetch(data.ids)).mean())
+    problem = xp.Problem.of(model, data, each_loss=each)
+    for count, figures in ((6, [0.0967, 0.0644, 0.0378, 0.0449]), (30, [0.1766, 0.1018, 0.0764, 0.0709])):  # fmt: skip
+        optimum = copy.deepcopy(model)
+        minimise(optimum, lambda o=optimum, n=count: each(o, data.fetch(data.ids[n:])).mean())
+        got = distances(model, problem, xp.forget(ids=list(range(count))), optimum, (1e-3, 1e-2, 0.1))  # fmt: skip
+        assert got == pytest.approx(figures, rel=0.05)
+        assert got[2] < got[0] / 2
+
+
+def test_influence_on_a_squared_error_hangs_on_its_damping():
+    torch.manual_seed(1)
+    x = torch.randn(300, 4, dtype=torch.float64)
+    y = x[:, 0] - x[:, 1] + 0.3 * torch.randn(300, dtype=torch.float64)
+
+    def each(model, batch):
+        return (model(batch.x).squeeze(1) - batch.y).square() + 0.05 * model.weight.square().sum()
+
+    def solution(a, b):
+        model = nn.Linear(4, 1, bias=False).double()
+        normal = a.T @ a / len(a) + 0.05 * torch.eye(4, dtype=torch.float64)
+        model.weight.data = torch.linalg.solve(normal, a.T @ b / len(a))[None]
+        return model
+
+    model, optimum = solution(x, y), solution(x[15:], y[15:])
+    problem = xp.Problem.of(model, (x, y), each_loss=each)
+    got = distances(model, problem, xp.forget(ids=list(range(15))), optimum, (1e-3, 1e-2, 0.1, 1.0))
+    assert got == pytest.approx([0.00358, 0.0198, 0.0192, 0.0143, 0.0022], rel=0.05)
+
+
 def test_sparse_unlearn_invariant_4_official_mode_is_no_inverse(digits):
     """It hardly turns v, and what it takes off is a multiple of the first gradient."""
     official = run(digits, Influence(alpha=20, mode="official", scale=50))

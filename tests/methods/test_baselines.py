@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from expunge.core.errors import UnchangedError
 from expunge.core.method import unlearn
 from expunge.core.request import Request
-from expunge.core.runtime import Runtime
+from expunge.core.runtime import Budget, Runtime
 from expunge.core.view import View
 from expunge.methods.general.finetune import FineTune
 from expunge.methods.general.gradient_ascent import GradientAscent
@@ -51,6 +52,19 @@ def resnet_problem() -> Classification:
     y = torch.from_numpy(labels[:120]).long()
     torch.manual_seed(0)
     return Classification(SmallResNet(width=4), (x, y), (x[:20], y[:20]))
+
+
+def test_finetune_has_the_weight_decay_of_its_card(digits):
+    shared = {"epochs": 1, "lr": 0.05}
+    default = run(digits, FineTune(**shared)).model
+    assert states_equal(default, run(digits, FineTune(weight_decay=5e-4, **shared)).model)
+
+
+def test_a_budget_without_a_step_says_so(digits):
+    with pytest.raises(UnchangedError, match="original weights; budget of 0 steps used"):
+        unlearn(digits, THREES, FineTune(), runtime=Runtime(budget=Budget(steps=0)))
+    with pytest.raises(UnchangedError, match="original weights; its settings have no effect here"):
+        run(digits, SCRUB(alpha=0.0, gamma=0.0, weight_decay=0.0, max_epochs=0))
 
 
 # ------------------------------------------------------------------ invariant 1

@@ -212,6 +212,15 @@ def test_expand_wants_a_linear_layer_with_an_output_a_class(digits):
         run(wrong, BoundaryExpand())
 
 
+def test_expand_says_that_it_cannot_widen_a_computed_weight(digits):
+    from torch.nn.utils.parametrizations import weight_norm
+
+    model = copy.deepcopy(digits.model)
+    weight_norm(model[4])
+    with pytest.raises(NeedsError, match="computes its weight"):
+        run(Classification(model, digits.train), BoundaryExpand())
+
+
 def test_expand_keeps_a_pruned_model_pruned(digits):
     kept = {"4.weight": torch.ones(10, 64, dtype=torch.bool)}
     kept["4.weight"][:, ::2] = False

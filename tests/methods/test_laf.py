@@ -212,6 +212,54 @@ def test_laf_linear_decoder_fits_unbounded_features_better(digits):
     assert errors["linear"] < 0.8 * errors["sigmoid"]
 
 
+def test_laf_turns_are_the_loop_of_its_paper(monkeypatch):
+    """Both steps of every pair against a loop written out, with the VAEs the method trained."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 6, generator=generator)
+    y = torch.randint(3, (40,), generator=generator)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    vaes = []
+    plain = LAF.model_features
+
+    def kept(self, *args):
+        vaes.append(plain(self, *args))
+        return vaes[-1]
+
+    monkeypatch.setattr(LAF, "model_features", kept)
+    method = LAF(
+        epochs=2, batch_size=16, lr=1e-2, lr_alignment=2e-2, temperature=5.0, vae_epochs=20
+    )
+    outcome = run(Classification(net, (x, y)), method, Request(ids=tuple(range(12))))
+    h, q = vaes
+
+    model, runtime = copy.deepcopy(net), Runtime(seed=0)
+    away, back = (torch.optim.Adam(model.parameters(), lr=lr) for lr in (1e-2, 2e-2))
+
+    def phi(vae, e, side, epoch):
+        draws = torch.randn(len(e), 8, generator=runtime.generator("noise", side, epoch, 0))
+        m = (vae(e, draws)[0] - e).square().sum(1)
+        return (m / (m + 1)).exp().sum()
+
+    def step(optimizer, loss):
+        model.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for epoch in range(2):
+        order = torch.randperm(28, generator=runtime.generator("retain", epoch))[:16] + 12
+        gone = torch.randperm(12, generator=runtime.generator("forget", epoch))
+        kept_features, gone_features = model[:2](x[order]), model[:2](x[gone])
+        step(away, phi(h, kept_features, "retain", epoch) - phi(q, gone_features, "forget", epoch))
+        near, far = (
+            1 - torch.nn.functional.cosine_similarity(model[:2](x[i]), net[:2](x[i]).detach())
+            for i in (order, gone)
+        )
+        step(back, near.sum() - len(near) * (far / 5).exp().sum().log())
+    for got, wanted in zip(outcome.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+
+
 def test_laf_first_vae_learns_what_it_is_told(digits, monkeypatch):
     asked = []
     plain = LAF.model_features
@@ -261,6 +309,16 @@ def test_laf_freezes_what_it_is_told(digits):
             assert torch.equal(value, digits.model.state_dict()[name])
     with pytest.raises(SettingError, match="before the last layer"):
         run(digits, LAF(**QUICK, train="last(1)"))
+
+
+def test_laf_says_at_once_when_the_repair_could_move_nothing(digits):
+    body = Classification(digits.model, digits.train, roles={"body": ["0", "2"]})
+    method = LAF(**QUICK, repair=0.1, train="role(body)")
+    view, runtime = View(body, Request(label=(3,)), method.needs, Runtime(seed=0)), Runtime(seed=0)
+    with pytest.raises(SettingError, match=r"repair=0.1 trains the last layer.*role\(body\)"):
+        method.run(view, runtime)
+    assert runtime.cost.gradients == 0
+    run(body, LAF(**QUICK, train="role(body)"))
 
 
 @pytest.mark.parametrize("after", [1, 2, 3], ids=["first vae", "second vae", "turns"])

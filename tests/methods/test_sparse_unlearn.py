@@ -102,7 +102,7 @@ def test_sparse_unlearn_invariant_3_gamma_0_is_finetune(digits):
 
 def test_sparse_unlearn_invariant_3_the_penalty_is_on_every_parameter(digits):
     """One step apart from fine-tuning: each weight moves by η γ towards zero, biases too."""
-    shared = {"epochs": 1, "lr": 0.1, "momentum": 0.0, "batch_size": 10_000}
+    shared = {"epochs": 1, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 10_000}
     sparse = run(digits, L1Sparse(gamma=1e-2, **shared)).model
     plain = run(digits, FineTune(**shared)).model
     for (name, p), q in zip(sparse.named_parameters(), plain.parameters(), strict=True):
@@ -343,7 +343,9 @@ def test_sparse_unlearn_fisher_noise_has_the_stated_variance():
 
 
 def test_sparse_unlearn_fisher_redraws_the_row_of_a_forgotten_class(digits):
-    model = run(digits, FisherForgetting(alpha=1e-9, samples=50)).model.requires_grad_(False)
+    outcome = run(digits, FisherForgetting(alpha=1e-9, samples=50))
+    assert outcome.details["redrawn_classes"] == [3]
+    model = outcome.model.requires_grad_(False)
     last = digits.role("last layer")[0]
     row = model.get_submodule(last).weight[3].detach()
     assert 0.5e-2 < float(row.std()) < 2e-2 and abs(float(row.mean())) < 1e-2
@@ -351,8 +353,11 @@ def test_sparse_unlearn_fisher_redraws_the_row_of_a_forgotten_class(digits):
     original = digits.model.get_submodule(last).weight.detach()
     assert float((other - original[4]).abs().max()) < 1e-2
     by_ids = Request(ids=tuple(THREES.resolve(digits.train).tolist()))
-    kept = run(digits, FisherForgetting(alpha=1e-9, samples=50), by_ids).model.requires_grad_(False)
-    assert float((kept.get_submodule(last).weight - original).abs().max()) < 1e-2
+    for request in (by_ids, Request(where="label == 3")):  # no label is read, so no class is known
+        outcome = run(digits, FisherForgetting(alpha=1e-9, samples=50), request)
+        assert outcome.details["redrawn_classes"] == []
+        kept = outcome.model.requires_grad_(False)
+        assert float((kept.get_submodule(last).weight - original).abs().max()) < 1e-2
 
 
 def test_sparse_unlearn_fisher_on_a_part_reads_that_part(digits):

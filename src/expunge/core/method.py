@@ -210,9 +210,8 @@ def unlearn(
     if not outcome.change.tensors:
         outcome.details["unchanged"] = True
         if not method.may_leave_unchanged:
-            raise UnchangedError(
-                f"{method.name} returned the original weights; its settings have no effect here"
-            )
+            why = outcome.details.get("stopped", "its settings have no effect here")
+            raise UnchangedError(f"{method.name} returned the original weights; {why}")
     outcome.problem, outcome.request = problem, request
     outcome.record = record_of(problem, request, method, runtime, passed) | {
         "weights": hash_model(model),

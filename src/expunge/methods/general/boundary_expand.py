@@ -102,13 +102,18 @@ def widen(model: nn.Module, name: str, classes: int, generator: torch.Generator)
         The number of the new class.
 
     Raises:
-        NeedsError: the layer is not a linear one with an output a class.
+        NeedsError: the layer is not a linear one with an output a class, or computes its weight.
     """
     layer = model.get_submodule(name)
     if not isinstance(layer, nn.Linear) or layer.out_features != classes:
         raise NeedsError(
             f"boundary-expand needs a linear last layer with {classes} outputs, and {name!r} is none; "
             'pass roles={"last layer": [...]}, or use boundary-shrink'
+        )
+    if not {"weight", "bias"} <= layer._parameters.keys():
+        raise NeedsError(
+            f"boundary-expand widens a plain linear layer, and {name!r} computes its weight from other "
+            "parameters (weight_norm, parametrize); remove that first, or use boundary-shrink"
         )
     bound = layer.in_features**-0.5
     for key, shape in (("weight", (1, layer.in_features)), ("bias", (1,))):

@@ -35,6 +35,7 @@ class FineTune(Training):
 
     epochs: int = setting(10, "passes over the retain data", low=1, source="Unlearn-Sparse README")
     lr: float = setting(0.01, "learning rate", above=0, source="Unlearn-Sparse README")
+    weight_decay: float = setting(5e-4, "L2 coefficient", low=0, source="Unlearn-Sparse code")
 
     @property
     def needs(self) -> Needs:

@@ -38,6 +38,9 @@ CLASS_VARIANCE = 1e-4
 class FisherForgetting(Method):
     """Fisher forgetting; reads no forget sample and no label.
 
+    Only a request by label says which classes go whole, and then their rows of the last layer are
+    drawn anew; the same samples asked for otherwise get the noise alone.
+
     Results compose by adding noise to noise: each request damages the rest a little more.
     """
 
@@ -85,7 +88,7 @@ class FisherForgetting(Method):
             layers = view.role("last layer")
         except NeedsError:  # a model without one gets the same noise everywhere
             layers = []
-        classes = list(view.request.label or ())
+        classes = sorted(set(view.request.label or ()))
         norm = 0.0
         with torch.no_grad():
             for index, (name, p) in enumerate(model.named_parameters()):
@@ -101,7 +104,14 @@ class FisherForgetting(Method):
                 noise = variance.sqrt() * noise.to(p.device)
                 norm += float(noise.double().square().sum())
                 p.copy_((mean + noise).to(p.dtype))
-        return Outcome(model, details={"noise_norm": norm**0.5, "norm": "frozen"})
+        return Outcome(
+            model,
+            details={
+                "noise_norm": norm**0.5,
+                "norm": "frozen",
+                "redrawn_classes": classes if layers else [],
+            },
+        )
 
     def fisher(self, model: nn.Module, view: View, runtime: Runtime) -> dict[str, Tensor]:
         """Diagonal Fisher of the retain data by parameter name, one pass a class."""

@@ -45,6 +45,7 @@ class L1Sparse(FineTune):
         ),
     )
 
+    weight_decay: float = setting(0.0, "L2 coefficient, beside the ℓ1 norm", low=0)
     gamma: float = setting(
         5e-4, "weight of the ℓ1 norm, γ", low=0, source="from memory of the paper"
     )

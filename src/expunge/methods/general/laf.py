@@ -105,6 +105,7 @@ class LAF(Training):
         if runtime.processes > 1:
             raise NeedsError("laf contrasts whole batches and runs in one process")
         stages = Stages(self, view.model(), view, runtime)
+        head = self._head(stages, view) if self.repair else {}
         known = original_features(view)
         retain = view.everything if self.remain_vae == "all" else view.retain
         h = self.model_features(stages, "laf retain vae", known, retain.ids, runtime)
@@ -116,7 +117,7 @@ class LAF(Training):
         )  # fmt: skip
         steps = stages.steps - vae_steps
         if self.repair:
-            self._repair(stages, view, runtime)
+            self._repair(stages, head, view, runtime)
         empty = float((known.values == 0).all(1).float().mean())  # their cosine means nothing
         return stages.outcome(vae_steps=vae_steps, unlearning_steps=steps, zero_features=empty)
 
@@ -204,13 +205,26 @@ class LAF(Training):
         generator = runtime.generator("noise", *stage)
         return torch.randn(count, self.latent, generator=generator).to(runtime.device)
 
-    def _repair(self, stages: Stages, view: View, runtime: Runtime) -> None:
+    def _head(self, stages: Stages, view: View) -> Mask:
+        """What the repair moves: the last layer, as far as it may move.
+
+        Raises:
+            SettingError: nothing of it may; better said before all the training than after it.
+        """
+        mask = only(stages.model, view.role("last layer"))
+        if stages.mask is not None:
+            mask = {n: m & stages.mask[n] for n, m in mask.items()}
+        if not any(p.requires_grad and mask[n].any() for n, p in stages.model.named_parameters()):
+            raise SettingError(
+                f"LAF: repair={self.repair:g} trains the last layer, and train={self.train} and the "
+                "model together freeze it; let it move, or use repair=0"
+            )
+        return mask
+
+    def _repair(self, stages: Stages, mask: Mask, view: View, runtime: Runtime) -> None:
         """Cross-entropy on some retain samples; only the last layer moves."""
         count = max(1, round(self.repair * len(view.retain)))
         kept = view.retain.part(count, runtime.generator("repair"))
-        mask: Mask = only(stages.model, view.role("last layer"))
-        if stages.mask is not None:
-            mask = {n: m & stages.mask[n] for n, m in mask.items()}
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             return batch.mean(view.each_loss(model, batch))

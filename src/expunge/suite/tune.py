@@ -167,7 +167,7 @@ def tune(
         "tune", __version__, problem.fingerprint(), problem.recipe_key(),
         base.name, base.in_force(), [r.key for r in requests], searched, references, list(seeds),
         [a if isinstance(a, str) else [a.name, a.in_force()] for a in measured],
-        bench.runtime.describe(), unseen,
+        bench.runtime.describe(), *([] if judged is problem else [unseen]),
     ])  # fmt: skip
     subjects = [
         [Subject(r.model, judged, request, bench.runtime) for r in bench.references(problem, request, references)]

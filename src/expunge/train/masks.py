@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +48,29 @@ def resolve_mask(spec: str, model: nn.Module, view: View, runtime: Runtime) -> M
     return saliency(model, view, runtime, share=float(argument))
 
 
-def layers_of(spec: str, model: nn.Module, view: View) -> list[str]:
-    """Names of the modules that `last(K)` or `role(NAME)` speaks of."""
+class Roles(Protocol):
+    """Knows modules by the role they play: a view, or a problem."""
+
+    def role(self, name: str) -> list[str]:
+        """Names of the modules that play a role."""
+
+
+def layers_of(spec: str, model: nn.Module, roles: Roles) -> list[str]:
+    """Names of the modules that `last(K)` or `role(NAME)` speaks of.
+
+    Raises:
+        SettingError: there are fewer than K linear or convolution layers.
+        NeedsError: nothing plays the role.
+    """
     kind, argument = parse(spec)
     if kind == "role":
-        return view.role(argument)
+        return roles.role(argument)
     found = [n for n, m in model.named_modules() if isinstance(m, _WEIGHTED)]
-    return found[-int(argument) :]
+    count = int(argument)
+    if len(found) < count:
+        have = f"{len(found)} linear or convolution layer{'s' if len(found) != 1 else ''}"
+        raise SettingError(f"{spec}: the model has {have}; name modules by role(NAME), or use full")
+    return found[-count:]
 
 
 def parse(spec: str) -> tuple[str, str]:
@@ -94,12 +111,22 @@ def only(model: nn.Module, modules: list[str]) -> Mask:
     """Let only the parameters of the named modules move.
 
     Raises:
-        SettingError: none of them has a parameter.
+        SettingError: none of them has a parameter, or one of another module would move with theirs.
     """
     inside = {
         name: any(name == m or name.startswith(m + ".") for m in modules)
         for name, _ in model.named_parameters()
     }
+    chosen = _within(model, modules)
+    for name, owners in _owners(model).items():
+        mine = [o for o, module in owners if id(module) in chosen]
+        others = [o for o, module in owners if id(module) not in chosen]
+        if mine and others and not (inside[name] and name in modules):
+            raise SettingError(
+                f"{mine[0]} and {others[0]} have one weight between them, so one cannot move without "
+                "the other; let both move, or all with full"
+            )
+        inside[name] = inside[name] or bool(mine)
     if not any(inside.values()):
         raise SettingError(
             f"no weight may move: the model has no parameter in {', '.join(modules) or 'a linear or convolution layer'}"
@@ -108,6 +135,39 @@ def only(model: nn.Module, modules: list[str]) -> Mask:
         name: torch.full_like(p, inside[name], dtype=torch.bool)
         for name, p in model.named_parameters()
     }
+
+
+def refuse_shared(model: nn.Module, layers: list[str]) -> None:
+    """Refuse to edit a layer whose weight is that of another module too.
+
+    Raises:
+        SettingError: names both modules.
+    """
+    chosen = {id(m): layer for layer in layers for m in model.get_submodule(layer).modules()}
+    for owners in _owners(model).values():
+        mine = next((chosen[id(module)] for _, module in owners if id(module) in chosen), None)
+        others = [name for name, module in owners if chosen.get(id(module), "") != mine]
+        if mine is not None and others:
+            raise SettingError(
+                f"{mine} and {others[0]} have one weight between them, so an edit of one would change "
+                "the other; choose other layers"
+            )
+
+
+def _owners(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+    """Modules that hold each parameter themselves, by its name in the model."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    owners: dict[str, list[tuple[str, nn.Module]]] = {n: [] for n in names.values()}
+    for name, module in model.named_modules():
+        for own in module.parameters(recurse=False):
+            owners[names[id(own)]].append((name, module))
+    return owners
+
+
+def _within(model: nn.Module, modules: list[str]) -> set[int]:
+    """Identities of the named modules and all inside them."""
+    known = dict(model.named_modules(remove_duplicate=False))
+    return {id(m) for name in modules if name in known for m in known[name].modules()}
 
 
 def saliency(

@@ -148,6 +148,22 @@ def test_modhifi_invariant_7_linear_and_convolution_equal_explicit_contributions
         assert found.gram(c).allclose(a @ a.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "padding"),
+    [(3, 1, "same"), ((2, 5), 1, "same"), ((4, 3), (1, 2), "same"), (3, 1, "valid")],
+)
+def test_modhifi_convolutions_with_padding_by_name(kernel, dilation, padding):
+    torch.manual_seed(4)
+    layer = nn.Conv2d(2, 3, kernel, dilation=dilation, padding=padding, bias=False)
+    x = draw(4, 2, 7, 8)
+    with torch.no_grad():
+        y = layer(x)
+    found = measured(layer, x)
+    assert found.samples == y[:, 0].numel()
+    assert found.products()[2].allclose(y.double().square().sum((0, 2, 3)), rtol=1e-4)
+
+
 def test_modhifi_tokens_are_samples():
     layer, x = nn.Linear(4, 3), draw(5, 7, 4)
     tokens = measured(layer, x)
@@ -175,8 +191,10 @@ def test_modhifi_dead_outputs_drop_out():
 def test_modhifi_other_layers_are_refused():
     with pytest.raises(NeedsError, match="BatchNorm2d"):
         measured(nn.BatchNorm2d(3), draw(2, 3, 4, 4))
-    with pytest.raises(NeedsError, match="Conv2d"):
+    with pytest.raises(NeedsError, match="Conv2d with 2 groups"):
         measured(nn.Conv2d(4, 4, 3, groups=2), draw(2, 4, 5, 5))
+    with pytest.raises(NeedsError, match="Conv2d with reflect padding"):
+        measured(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), draw(2, 4, 5, 5))
     with pytest.raises(ModelError, match="nowhere"):
         contributions(nn.Sequential(), "nowhere", [], lambda b: None)
 
@@ -338,3 +356,56 @@ def test_modhifi_layers_are_checked():
         ModHiFiU(layers="full")
     with pytest.raises(SettingError):
         ModHiFiU(layers="last(0)")
+
+
+@pytest.mark.parametrize(("most", "budgets"), [(0.05, 1), (0.1, 2)])
+def test_modhifi_says_when_auto_ends_before_the_class_is_gone(most, budgets):
+    outcome = xp.unlearn(bench_problem(), REQUEST, ModHiFiU(most=most))
+    assert len(outcome.details["tried"]) == budgets
+    left = outcome.details["tried"][-1][1]
+    assert left > 0.01
+    assert f"{left:.0%} of the forget samples are still recognised" in outcome.details["stopped"]
+    for enough in (ModHiFiU(), ModHiFiU(budget=0.05)):  # the target was reached, or none was set
+        assert "stopped" not in xp.unlearn(bench_problem(), REQUEST, enough).details
+
+
+def test_modhifi_tables_show_that_auto_ended_early():
+    found = xp.compare(
+        bench_problem(), REQUEST, [{"name": "modhifi-u", "most": 0.05}], references=0, audits=["accuracy"]
+    )  # fmt: skip
+    assert any("still recognised" in note for row in found.rows for note in row["notes"])
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner = nn.Linear(6, 4), nn.Linear(4, 4, bias=False)
+        self.head = nn.Linear(4, 4, bias=False)
+        self.head.weight = self.inner.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.inner(torch.relu(self.first(x)))))
+
+
+def test_modhifi_does_not_edit_another_layer_by_a_shared_weight():
+    problem = xp.Classification(Shared(), (draw(20, 6), torch.arange(20) % 4))
+    for layers in ("last(1)", "last(2)"):
+        with pytest.raises(SettingError, match=r"head and inner|inner and head"):
+            xp.unlearn(problem, xp.forget(label=1), ModHiFiU(budget=0.5, layers=layers))
+    batch, net = batch_of(draw(20, 6)), Shared()
+    with pytest.raises(SettingError, match=r"head and inner|inner and head"):
+        prune_inputs(net, ["head"], lambda: [batch], lambda b: net(b.x), keep=0.5)
+
+
+def test_modhifi_layers_that_cannot_be_scored_are_said_before_any_work():
+    x, y = draw(12, 4, 3, 3), torch.arange(12) % 4
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten())
+    method = ModHiFiU(budget=0.5)
+    with pytest.raises(NeedsError, match="2 groups"):
+        method.check(xp.Classification(grouped, (x, y)), xp.forget(label=1))
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten())
+    problem = xp.Classification(plain, (x, y), roles={"typo": ["7"]})
+    with pytest.raises(SettingError, match="1 linear or convolution layer;"):
+        ModHiFiU(budget=0.5, layers="last(2)").check(problem, xp.forget(label=1))
+    with pytest.raises(ModelError, match="'7'"):
+        ModHiFiU(budget=0.5, layers="role(typo)").check(problem, xp.forget(label=1))

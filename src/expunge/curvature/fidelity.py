@@ -168,12 +168,17 @@ def split_weight(layer: str, module: nn.Module) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return module.weight.detach()[:, :, None].clone()
-    ours = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
-    if isinstance(module, nn.Conv2d) and ours and not isinstance(module.padding, str):
+    if not isinstance(module, nn.Conv2d):
+        what = f"is a {type(module).__name__}"
+    elif module.groups != 1:
+        what = f"is a Conv2d with {module.groups} groups"
+    elif module.padding_mode != "zeros":
+        what = f"is a Conv2d with {module.padding_mode} padding"
+    else:
         return module.weight.detach().flatten(2).clone()
     raise NeedsError(
-        f"fidelity is known for linear and ungrouped 2-D convolution layers; {layer!r} is a "
-        f"{type(module).__name__}"
+        "fidelity is known for linear layers and 2-D convolutions with one group and zero padding; "
+        f"{layer!r} {what}"
     )
 
 
@@ -182,9 +187,20 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1])
     assert isinstance(module, nn.Conv2d)
-    how: dict[str, Any] = {n: getattr(module, n) for n in ("dilation", "padding", "stride")}
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # unfolding has no half precision
-    patches = F.unfold(wide, module.kernel_size, **how)  # type: ignore[arg-type]
+    padding: Any = module.padding
+    if isinstance(padding, str):  # "same" may take one more row or column at the end
+        spans = zip(module.dilation, module.kernel_size, strict=True)
+        whole = [d * (k - 1) if padding == "same" else 0 for d, k in spans]
+        (top, bottom), (left, right) = ((w // 2, w - w // 2) for w in whole)
+        wide, padding = F.pad(wide, (left, right, top, bottom)), 0
+    patches = F.unfold(
+        wide,
+        module.kernel_size,  # type: ignore[arg-type]
+        dilation=module.dilation,  # type: ignore[arg-type]
+        padding=padding,
+        stride=module.stride,  # type: ignore[arg-type]
+    )
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 

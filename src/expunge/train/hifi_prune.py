@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from expunge.core.data import Batch
 from expunge.core.errors import SettingError
 from expunge.curvature.fidelity import Score, contributions, keep_inputs
+from expunge.train.masks import refuse_shared
 
 
 @torch.inference_mode()
@@ -48,10 +49,12 @@ def prune_inputs(
         Positions of the kept inputs, ascending, by layer.
 
     Raises:
-        SettingError: the share is out of range.
+        SettingError: the share is out of range, or a layer's weight is that of another module too.
     """
     if not 0 < keep <= 1:
         raise SettingError(f"the share of inputs to keep must be above 0 and at most 1, not {keep}")
+    known = dict(model.named_modules())
+    refuse_shared(model, [layer for layer in layers if layer in known])
     kept = {}
     for layer in layers:
         found = contributions(model, layer, batches(), forward)

@@ -13,15 +13,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from expunge.core.errors import ExpungeError, SettingError
+from expunge.core.errors import ExpungeError, ModelError, SettingError
 from expunge.core.method import Method
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.outcome import Outcome
+from expunge.core.problem import Problem
+from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import Source, View
-from expunge.curvature.fidelity import Score, contributions
-from expunge.train.masks import layers_of, parse
+from expunge.curvature.fidelity import Score, contributions, split_weight
+from expunge.train.masks import layers_of, parse, refuse_shared
 
 _TEST = "tests/methods/test_modhifi.py::test_"
 
@@ -83,6 +85,17 @@ class ModHiFiU(Method):
             capabilities=frozenset({"logits"}),
         )
 
+    def check(self, problem: Problem, request: Request) -> None:
+        """Also complain about layers that cannot be scored, or cannot be edited alone."""
+        super().check(problem, request)
+        layers = layers_of(self.layers, problem.model, problem)
+        modules = dict(problem.model.named_modules())
+        for layer in layers:
+            if layer not in modules:
+                raise ModelError(f"the model has no layer {layer!r}")
+            split_weight(layer, modules[layer])
+        refuse_shared(problem.model, layers)
+
     def run(self, view: View, runtime: Runtime) -> Outcome:
         """Rank the inputs of each layer, then delete the first ones."""
         model = view.model().eval()  # copied outside of inference mode: it can be trained later
@@ -105,6 +118,12 @@ class ModHiFiU(Method):
                 details["tried"].append([round(budget, 4), accuracy])
                 if accuracy <= self.target:
                     break
+        else:
+            if self.budget == "auto":
+                details["stopped"] = (
+                    f"with {budget:.0%} of the inputs deleted, the most that auto tries, {accuracy:.0%} of "
+                    f"the forget samples are still recognised, more than the target of {self.target:g}"
+                )
         return details | {"budget": budget, "deleted": {n: len(p) for n, p in deleted.items()}}
 
     def _budgets(self) -> list[float]:

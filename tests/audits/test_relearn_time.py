@@ -55,6 +55,37 @@ def test_what_does_not_get_there_is_capped_and_says_so():
     assert "not relearnt within 3 updates" in found["updates"].reason
 
 
+def _counts(monkeypatch, *counts):
+    left = iter(counts)
+    monkeypatch.setattr(RelearnTime, "_updates", lambda *a: float(next(left)))
+
+
+def test_references_that_do_not_get_there_make_the_index_an_upper_bound(monkeypatch):
+    original, blank = subjects()
+    _counts(monkeypatch, 6, 1, 20, 12)  # the model, the original, two references
+    found = run(original, [blank, blank], cap=20)
+    assert found["ain"].value == 6 / 16 and found["ain"].detail["reference_capped"] == 1
+    assert "1 of 2 references not relearnt within 20" in found["ain"].reason
+    assert "at most this" in found["ain"].reason
+    assert found["updates"].value == 6 and "at least this" in found["updates"].reason
+
+
+def test_there_is_no_index_where_nobody_gets_there(monkeypatch):
+    original, blank = subjects()
+    _counts(monkeypatch, 20, 1, 20, 12)
+    found = run(original, [blank, blank], cap=20)
+    assert found["ain"].value is None and "within 20 updates" in found["ain"].reason
+    # two lower bounds are not compared either
+    assert found["updates"].value == 20 and found["updates"].reference is None
+    assert "within 20 updates" in found["updates"].reason
+
+
+def test_no_word_where_all_get_there(monkeypatch):
+    original, blank = subjects()
+    _counts(monkeypatch, 6, 1, 19, 12)
+    assert [f.reason for f in run(original, [blank, blank], cap=20).values()] == [None, None]
+
+
 def test_counts_are_medians_over_orders(monkeypatch):
     _, blank = subjects()
     counts = iter([4, 300, 5])

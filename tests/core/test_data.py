@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from expunge.core.data import Batch, Data
 from expunge.core.errors import DataError, RequestError
+from expunge.core.request import Request
 
 X = torch.arange(12.0).view(6, 2)
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -275,3 +276,10 @@ def test_tables_hold_what_where_may_name():
     table = data.table()
     assert sorted(table) == ["age", "id", "label", "name", "y"]
     assert table["id"].tolist() == IDS.tolist()
+
+
+def test_targets_in_bfloat16_are_asked_for_as_others_are():
+    y = torch.tensor([0.5, 2.0, 3.5], dtype=torch.bfloat16)
+    data = Data((torch.randn(3, 2).bfloat16(), y))
+    assert Request(where="y > 1").resolve(data).tolist() == [1, 2]
+    assert data.labels.dtype == torch.bfloat16

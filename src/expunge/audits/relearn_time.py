@@ -32,7 +32,8 @@ class RelearnTime(Audit):
     `updates` is r; `ain` is \(r / \bar r_{ref}\), the anamnesis index: 1 is as hard to relearn as
     for a model that never saw the data, far below 1 the information is still there, far above 1 it
     was pushed away (a leak too). Not more than `cap` updates are tried; what did not get there
-    counts as `cap`, and `capped` in the detail says so. The error is the task loss; for classifiers
+    counts as `cap`, and `capped` in the detail says so: the index is then at least the value given, or
+    at most that if it is references that did not get there; with both there is none. The error is the task loss; for classifiers
     one minus the accuracy would be 0 for a good original, so there the accuracy has to reach
     \((1-\alpha)\) of the original's.
     """
@@ -91,10 +92,11 @@ class RelearnTime(Audit):
         if failed is not None:
             return [Finding(name, None, reason=failed) for name in names]
         mine, before, *theirs = (float(c) for c in counts)
+        capped = sum(r >= self.cap for r in theirs)
         detail = {
             "measured_on": split,
             "capped": mine >= self.cap,
-            "reference_capped": sum(r >= self.cap for r in theirs),
+            "reference_capped": capped,
             "cap": self.cap,
             "lr": self.lr,
             "batch_size": self.batch_size,
@@ -107,13 +109,28 @@ class RelearnTime(Audit):
             ]
         mean = float(np.mean(theirs))
         spread = float(np.ptp(theirs)) if len(theirs) > 1 else None
-        said = f"not relearnt within {self.cap} updates: the value is at least this" if mine >= self.cap else None  # fmt: skip
-        shared: dict[str, Any] = {"reason": said, "detail": detail}
+        here, there = mine >= self.cap, capped > 0
+        if here and there:
+            why = f"neither this model nor all references relearnt within {self.cap} updates"
+            return [
+                Finding(names[0], mine, original=before, reason=why, detail=detail),
+                Finding(names[1], None, reason=why, detail=detail),
+            ]
+        said = None
+        if here:
+            said = f"not relearnt within {self.cap} updates: the value is at least this"
+        elif there:
+            said = f"{capped} of {len(theirs)} references not relearnt within {self.cap} updates"
+        shared: dict[str, Any] = {"detail": detail}
+        index = f"{said}: the index is at most this" if there else said
         return [
-            Finding(names[0], mine, reference=mean, floor=spread, original=before, **shared),
+            Finding(
+                names[0], mine, reference=mean, floor=spread, original=before, **shared,
+                reason=f"{said}: their mean is at least this" if there else said,
+            ),
             Finding(
                 names[1], mine / mean, reference=1.0, floor=None if spread is None else spread / mean,
-                original=before / mean, **shared,
+                original=before / mean, reason=index, **shared,
             ),
         ]  # fmt: skip
 

@@ -253,7 +253,9 @@ class Data:
         """Columns that a request's `where=` may name: id, label (also as y), name and further ones."""
         table = dict(self.columns, id=self.ids.numpy())
         if self.labels is not None:
-            table["label"] = self.labels.numpy()
+            labels = self.labels
+            # numpy has no bfloat16, and comparisons with it go on in float32
+            table["label"] = (labels.float() if labels.dtype == torch.bfloat16 else labels).numpy()
             table.setdefault("y", table["label"])  # what a regression target is usually called
         if self.names is not None:
             table["name"] = np.asarray(self.names)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import expunge as xp
+from expunge.core.errors import NeedsError
 from expunge.core.hashing import hash_model
 from expunge.methods import registry
 from expunge.suite.bench import Bench
@@ -79,6 +80,61 @@ def test_who_is_said_to_run_runs_and_who_is_not_does_not(table):
         if not one.runs:
             with pytest.raises(xp.UserError):
                 xp.unlearn(table, request, method)
+
+
+def _problem(kind, deep, retrains):
+    """A tiny network that is one layer or two; with or without a recipe."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 6, generator=generator), torch.arange(40) % 4
+    regression, outputs = kind == "regression", 1 if kind == "regression" else 4
+
+    def build():
+        body = [torch.nn.Linear(6, 8), torch.nn.ReLU()] if deep else []
+        return torch.nn.Sequential(*body, torch.nn.Linear(8 if deep else 6, outputs))
+
+    torch.manual_seed(0)
+    data = xp.Data((x, y.float() if regression else y))
+    make, train = (xp.Regression, xp.RegressorRecipe) if regression else (xp.Classification, xp.ClassifierRecipe)  # fmt: skip
+    recipe = train(build, data, epochs=1, batch_size=16, lr=0.01) if retrains else None
+    return make(build().eval(), data, recipe=recipe)
+
+
+QUICK = {
+    "dm-direct": {"models": 4}, "datamodel-matching": {"models": 4}, "oracle-matching": {"oracles": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("retrains", [False, True])
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_who_is_said_to_run_has_what_it_needs(kind, deep, retrains):
+    problem, able = _problem(kind, deep, retrains), 0
+    for request in (xp.forget(ids=[1, 2, 3]), xp.forget(label=1)):
+        for one in xp.suggest(problem, request):
+            if one.runs:
+                able += 1
+                method = registry.get(one.method).create(QUICK.get(one.method, {}))
+                try:
+                    xp.unlearn(problem, request, method, runtime=xp.Runtime(threads=1))
+                except NeedsError as error:
+                    pytest.fail(f"{one.method} was said to run: {error}")
+                except xp.ExpungeError:  # a method may find a reason on its way
+                    continue
+    assert able > 8
+
+
+def test_methods_of_classes_are_not_for_numbers():
+    found = by_name(xp.suggest(_problem("regression", True, True), xp.forget(label=1)))
+    for name in ("random-label", "amnesiac", "salun", "unsir"):
+        assert "needs classes" in found[name].missing
+    assert found["gaussian-amnesiac"].runs and found["finetune"].runs
+
+
+def test_a_model_of_one_layer_has_nothing_before_its_last():
+    request = xp.forget(ids=[1])
+    for deep in (False, True):
+        one = by_name(xp.suggest(_problem("classification", deep, False), request))["laf"]
+        assert one.runs == deep and ("before the last layer" in (one.missing or "")) != deep
 
 
 def test_nothing_is_run_and_nothing_is_changed(table):

@@ -31,6 +31,7 @@ class Needs:
         recipe: retrains from the recipe.
         fresh: uses an untrained model of the same architecture.
         models: number of retrained reference models.
+        classes: chooses among classes, so that labels have to be their numbers.
         capabilities: functions of the problem beyond `each_loss`, by name.
     """
 
@@ -43,6 +44,7 @@ class Needs:
     recipe: bool = False
     fresh: bool = False
     models: int = 0
+    classes: bool = False
     capabilities: frozenset[str] = frozenset()
 
     def labels_of(self, side: str) -> bool:
@@ -71,6 +73,10 @@ class Needs:
             problem.fresh(0)
         if self.validation and problem.valid is None:
             raise NeedsError(f"{name} needs validation data; pass valid=")
+        if self.classes and getattr(problem, "classes", None) is None:
+            raise NeedsError(
+                f"{name} needs classes to choose from, which a {problem.kind} problem has not"
+            )
         for capability in sorted(self.capabilities):
             if not problem.can(capability):
                 raise NeedsError(
@@ -78,7 +84,7 @@ class Needs:
                 )
 
     def words(self) -> list[str]:
-        """The needs as short phrases for listings and pages."""
+        """The needs as short phrases for listings and pages; `classes` go without saying."""
         sides = {
             "none": [],
             "all": ["labels"],

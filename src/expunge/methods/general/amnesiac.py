@@ -61,7 +61,7 @@ class Amnesiac(RandomLabel):
     @property
     def needs(self) -> Needs:
         """Both sides with labels: a wrong label is one that differs from the true one."""
-        return Needs(forget=True, retain=True, labels="all")
+        return Needs(forget=True, retain=True, labels="all", classes=True)
 
     def draw(self, view: View, runtime: Runtime, epoch: int) -> tuple[Tensor, Tensor]:
         """The same labels in every epoch."""

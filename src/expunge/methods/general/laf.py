@@ -25,6 +25,8 @@ from expunge.core.data import Batch
 from expunge.core.errors import NeedsError, SettingError
 from expunge.core.needs import Card, Deviation, Labels, Needs
 from expunge.core.outcome import Outcome
+from expunge.core.problem import Problem
+from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
@@ -99,6 +101,16 @@ class LAF(Training):
             forget=True, retain=True, labels=labels, original=True,
             capabilities=frozenset({"penultimate"}),
         )  # fmt: skip
+
+    def check(self, problem: Problem, request: Request) -> None:
+        """Also complain about a model that is its last layer and nothing else."""
+        super().check(problem, request)
+        last = tuple(f"{name}." for name in problem.role("last layer"))
+        if all(name.startswith(last) for name, _ in problem.model.named_parameters()):
+            raise NeedsError(
+                "laf trains what comes before the last layer, and this model has no weights there; use "
+                "another method"
+            )
 
     def run(self, view: View, runtime: Runtime) -> Outcome:
         """Fit both VAEs, take turns, and repair if asked to."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Batch
-from expunge.core.needs import Card, Needs
+from expunge.core.needs import Card, Labels, Needs
 from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
@@ -48,7 +48,8 @@ class RandomLabel(Training):
     def needs(self) -> Needs:
         """Both sides; true labels of the retain side, and of both for a saliency mask."""
         salient = self.reads_forget_labels()
-        return Needs(forget=True, retain=True, labels="all" if salient else "retain")
+        labels: Labels = "all" if salient else "retain"
+        return Needs(forget=True, retain=True, labels=labels, classes=True)
 
     def run(self, view: View, runtime: Runtime) -> Outcome:
         """Train on random labels for the forget side and true ones for the retain side."""

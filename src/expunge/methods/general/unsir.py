@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from expunge.core.data import Batch, map_inputs
 from expunge.core.errors import ExpungeError, NeedsError
-from expunge.core.needs import Card, Deviation, Needs
+from expunge.core.needs import Card, Deviation, Labels, Needs
 from expunge.core.outcome import Outcome
 from expunge.core.problem import Problem
 from expunge.core.request import Request
@@ -74,7 +74,8 @@ class UNSIR(Training):
     def needs(self) -> Needs:
         """Retain data with labels; forget data only for a saliency mask."""
         salient = self.reads_forget_labels()
-        return Needs(retain=True, forget=salient, labels="all" if salient else "retain")
+        labels: Labels = "all" if salient else "retain"
+        return Needs(retain=True, forget=salient, labels=labels, classes=True)
 
     def check(self, problem: Problem, request: Request) -> None:
         """Also complain about requests for anything but whole classes."""

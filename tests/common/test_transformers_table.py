@@ -33,28 +33,6 @@ def resnet():
     )  # fmt: skip
 
 
-class ShortRecipe:
-    """Two steps of gradient descent from a fresh model: enough to be a recipe."""
-
-    epochs = 2
-
-    def __init__(self, build, data):
-        self.build, self.data = build, data
-
-    def key(self):
-        return f"short {self.build}"
-
-    def __call__(self, keep_ids, seed):
-        torch.manual_seed(seed)
-        model, batch = self.build(), self.data.fetch(keep_ids)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        for _ in range(self.epochs):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(batch.x).logits, batch.y).backward()
-            optimizer.step()
-        return model.eval()
-
-
 @functools.cache
 def problem(kind, dtype):
     def build():
@@ -64,7 +42,7 @@ def problem(kind, dtype):
     y = torch.arange(SAMPLES) % CLASSES
     x = torch.randn(SAMPLES, 1, SIZE, SIZE, generator=generator) + y[:, None, None, None] / 2
     data = xp.Data((x.to(dtype), y))
-    recipe = ShortRecipe(build, data)
+    recipe = xp.ClassifierRecipe(build, data, epochs=2, batch_size=16)
     return xp.Classification(
         recipe(data.ids, 0), data, data, valid=data, recipe=recipe, name=f"tiny-{kind}"
     )
@@ -84,11 +62,7 @@ def quick(name):
 SETTINGS: dict[str, dict[str, object]] = {"boundary-shrink": {"space": "inputs"}}
 """What a method needs beyond that to be quick."""
 
-REFUSED: dict[tuple[str, str, str], str] = {
-    ("amnesiac-updates", kind, dtype): "each update of the original's training; pass log="
-    for kind in ("vit", "resnet")
-    for dtype in ("float32", "bfloat16")
-}
+REFUSED: dict[tuple[str, str, str], str] = {}
 """(method, model, dtype) → the sentence that says why not."""
 
 
@@ -114,6 +88,18 @@ def test_method_on_transformers(name, kind, dtype):
         with torch.no_grad():
             assert model(p.test.fetch(p.test.ids[:3]).x).logits.shape == (3, CLASSES)
     assert hash_model(p.model) == before
+
+
+@pytest.mark.parametrize("how", ["omp:0.5", "imp:0.5", "synflow:0.5"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pruning_on_transformers(how, dtype):
+    dense = problem("vit", getattr(torch, dtype))
+    pruned = xp.prune(dense, how, runtime=xp.Runtime(threads=1))
+    model = xp.unlearn(pruned, xp.forget(label=1), xp.methods.FineTune(epochs=1)).runnable()
+    for name, kept in pruned.kept.items():
+        assert not model.get_parameter(name)[~kept].any()
+    removed = sum(int((~m).sum()) for m in pruned.kept.values())
+    assert removed == sum(m.numel() for m in pruned.kept.values()) // 2
 
 
 def test_refusals_are_of_methods_that_exist():

@@ -209,6 +209,65 @@ def test_a_last_batch_of_one_sample_uses_the_running_statistics(data):
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
+# ------------------------------------------------------------------ half precision
+
+
+def half_loss(model, batch):
+    return batch.mean(cross_entropy(model(batch.x.bfloat16()).float(), batch.y, reduction="none"))
+
+
+def half_passes(data):
+    def passes(epoch):
+        for chunk in data.ids.split(6):
+            yield half_loss, data.fetch(chunk)
+
+    return passes
+
+
+@pytest.mark.parametrize("step", ["sgd", "adamw"])
+def test_half_precision_weights_move_by_steps_too_small_for_one_of_them(data, step):
+    """Steps add up in float32 copies, with gradients at the rounded weights."""
+    model = network().bfloat16()
+    before, plain = copy.deepcopy(model), copy.deepcopy(model)
+    fit(model, half_passes(data), runtime=Runtime(), epochs=30, lr=1e-4, step=step, momentum=0.9)
+    copies = [p.detach().float().requires_grad_() for p in plain.parameters()]
+    optimizer = make_optimizer(step, copies, lr=1e-4, momentum=0.9)
+    naive = make_optimizer(step, (rounded := copy.deepcopy(plain)).parameters(), lr=1e-4, momentum=0.9)  # fmt: skip
+    for _ in range(30):
+        for _, batch in half_passes(data)(0):
+            plain.zero_grad()
+            half_loss(plain, batch).backward()
+            for wide, p in zip(copies, plain.parameters(), strict=True):
+                wide.grad = p.grad.float()
+            optimizer.step()
+            for wide, p in zip(copies, plain.parameters(), strict=True):
+                p.data.copy_(wide)
+            naive.zero_grad()
+            half_loss(rounded, batch).backward()
+            naive.step()
+    assert same(model, plain)
+
+    def moved(other):
+        pairs = list(zip(other.parameters(), before.parameters(), strict=True))
+        return sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+
+    assert moved(model) > 0.8
+    assert moved(model) > 1.5 * moved(rounded)
+
+
+def test_half_precision_frozen_coordinates_stay_the_same_to_the_bit(data):
+    model, before = network().bfloat16(), network().bfloat16()
+    mask = random_mask(model)
+    fit(
+        model, half_passes(data), runtime=Runtime(), epochs=3, lr=0.1, momentum=0.9,
+        weight_decay=0.3, mask=mask, clip=1.0,
+    )  # fmt: skip
+    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(p[~mask[name]], old[~mask[name]]), name
+        assert bool((p != old)[mask[name]].all()), name
+
+
 # ------------------------------------------------------------------ masks
 
 

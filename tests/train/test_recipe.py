@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from expunge.core.data import Data
 from expunge.core.errors import ExpungeError
 from expunge.core.runtime import Runtime
-from expunge.train.recipe import ClassifierRecipe
+from expunge.train.recipe import ClassifierRecipe, RegressorRecipe
 
 
 def perceptron(width: int = 6) -> nn.Module:
@@ -64,6 +65,35 @@ def test_schedules_are_half_a_cosine_or_none(recipe):
     constant = replace(recipe, schedule="constant")
     assert [constant.rate(e) for e in range(3)] == [1, 1, 1]
     assert not states_equal(recipe(recipe.data.ids, 1), constant(recipe.data.ids, 1))
+
+
+class Wrapped(nn.Module):
+    """Takes a keyword and gives an object with logits, as networks of transformers do."""
+
+    def __init__(self, outputs: int = 3):
+        super().__init__()
+        self.inner = nn.Linear(4, outputs)
+
+    def forward(self, values):
+        return SimpleNamespace(logits=self.inner(values))
+
+
+@pytest.mark.parametrize("kind", [ClassifierRecipe, RegressorRecipe])
+def test_networks_may_take_mappings_and_give_objects_with_logits(data, kind):
+    outputs = 3 if kind is ClassifierRecipe else 1
+    y = data.labels if outputs == 3 else data.labels.float()
+    x = data.fetch(data.ids).x
+    seen, models = [], []
+    for build, inputs in (
+        (lambda: Wrapped(outputs).inner, x),
+        (lambda: Wrapped(outputs), x),
+        (lambda: Wrapped(outputs), {"values": x}),
+    ):
+        recipe = kind(build, Data((inputs, y), ids=data.ids), epochs=2, batch_size=8)
+        model, _ = recipe.train(data.ids, 1, watch=lambda batch, out: seen.append(out.shape[1]))
+        models.append(getattr(model, "inner", model))
+    assert states_equal(models[0], models[1]) and states_equal(models[0], models[2])
+    assert set(seen) == {outputs}
 
 
 def test_keys_tell_recipes_apart(recipe, data):

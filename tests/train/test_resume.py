@@ -39,7 +39,7 @@ def network() -> nn.Sequential:
     )
 
 
-def run(folder=None, fail_at=None, *, every=1, seed=0, ids=None, **options):
+def run(folder=None, fail_at=None, *, every=1, seed=0, ids=None, dtype=torch.float32, **options):
     """Train, raising at the n-th loss (counted over this call) if asked to."""
     runtime = Runtime(seed=seed, checkpoint=folder, checkpoint_every=every)
     data = Data(Noisy())
@@ -50,13 +50,14 @@ def run(folder=None, fail_at=None, *, every=1, seed=0, ids=None, **options):
         calls.append(batch.ids)
         if len(calls) == fail_at:
             raise Interrupted("stopped on purpose")
-        return batch.mean(cross_entropy(model(batch.x), batch.y, reduction="none"))
+        logits = model(batch.x.to(dtype)).float()
+        return batch.mean(cross_entropy(logits, batch.y, reduction="none"))
 
     def passes(epoch):
         for batch in source.batches(6, runtime.generator("pass", epoch)):
             yield loss, batch
 
-    model = network()
+    model = network().to(dtype)
     runtime.seed_everything("run")
     settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "snapshots": True, "every": 1}
     settings |= options
@@ -122,6 +123,21 @@ def test_with_accumulation_and_a_mask(tmp_path):
     options = {"accumulate": 2, "mask": mask, "step": "adam"}
     whole = run(**options)
     for at in (4, 5, 8):
+        with pytest.raises(Interrupted):
+            run(tmp_path / str(at), at, **options)
+        assert_same(whole, run(tmp_path / str(at), **options))
+
+
+@pytest.mark.parametrize("turns", [(), (1e-3, 2e-3)])
+def test_half_precision_goes_on_with_the_copies_it_had(tmp_path, turns):
+    """Steps too small to show in a weight are in its float32 copy; rounding would lose them."""
+    options = {"dtype": torch.bfloat16, "lr": 1e-3, "momentum": 0.0, "turns": turns}
+    generator = torch.Generator().manual_seed(3)
+    options["mask"] = {
+        n: torch.rand(p.shape, generator=generator) < 0.7 for n, p in network().named_parameters()
+    }
+    whole = run(**options)
+    for at in (3, 6, 11):
         with pytest.raises(Interrupted):
             run(tmp_path / str(at), at, **options)
         assert_same(whole, run(tmp_path / str(at), **options))

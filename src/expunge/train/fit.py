@@ -1,7 +1,8 @@
 """The one training loop. A method gives it passes of (loss, batch); it owns everything else.
 
 Accelerate for devices, precision and processes; hard masks; gradient clipping; the curve; budget;
-checkpoints that resume to the same bits; a stop when the loss is no longer finite.
+checkpoints that resume to the same bits; a stop when the loss is no longer finite. Half-precision
+weights are moved in float32 and rounded after each step.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from expunge.core.hashing import hash_tensors
 from expunge.core.runtime import Runtime
 from expunge.train.checkpoints import Checkpoints
 from expunge.train.masks import Mask, within_pruned
+from expunge.train.master import Master, wide_copies, write_back
 from expunge.train.norm import NormMode, norm_layers, train_mode
 from expunge.train.steps import StepName, Turns, make_optimizer
 
@@ -114,13 +116,17 @@ def fit(
         "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate,
         "mask": None if mask is None else hash_tensors(mask), "turns": list(turns),
     }  # fmt: skip
-    frozen_values = {n: p.detach().clone() for n, p in moving.items()} if mask is not None else {}
+    # the scaler of fp16 looks for the gradients of the optimiser's own tensors before it steps
+    wide = moving if runtime.precision == "fp16" else wide_copies(moving)
+    frozen_values = {n: p.detach().clone() for n, p in wide.items()} if mask is not None else {}
     rates = tuple(turns) or (lr,)
     optimizers = [
-        make_optimizer(step, moving.values(), lr=r, momentum=momentum, weight_decay=weight_decay)
+        make_optimizer(step, wide.values(), lr=r, momentum=momentum, weight_decay=weight_decay)
         for r in rates
     ]
     optimizer = Turns(optimizers) if turns else optimizers[0]
+    if any(wide[n] is not p for n, p in moving.items()):
+        optimizer = Master(optimizer, moving, wide)
     result = Fit()
     keeper = Checkpoints(runtime, stage, model, optimizer, result, settings)
     first_epoch, skip = keeper.restore()
@@ -178,7 +184,8 @@ def fit(
                 prepared.step()
                 prepared.zero_grad(set_to_none=True)
                 if mask is not None:
-                    _restore(moving, mask, frozen_values, optimizers)
+                    _restore(wide, mask, frozen_values, optimizers)
+                    write_back(moving, wide)
                 result.steps += 1
                 if result.steps % every == 1 or every == 1:
                     result.curve.append({

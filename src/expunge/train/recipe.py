@@ -19,6 +19,7 @@ from expunge.core.hashing import content_key
 from expunge.core.pruned import keep_only
 from expunge.core.runtime import Runtime
 from expunge.core.view import Source
+from expunge.problems.supervised import call
 from expunge.train.fit import Pass, fit
 from expunge.train.losses import one_a_sample, regression_each
 from expunge.train.method import cosine
@@ -33,7 +34,8 @@ Around = Callable[[nn.Module, Batch], contextlib.AbstractContextManager[None]]
 class SupervisedRecipe:
     """Train from a fresh initialisation on the samples to keep; a subclass says on which loss.
 
-    Every module is rebuilt by `build()` under the new seed: nothing of an earlier model survives.
+    Every module is rebuilt by `build()` under the new seed: nothing of an earlier model survives. As in
+    a problem, the network may return an object with `.logits` and take a mapping as keyword arguments.
 
     Attributes:
         build: makes the untrained network.
@@ -138,7 +140,9 @@ class SupervisedRecipe:
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             if watch is None:
                 return batch.mean(self.each_loss(model, batch))
-            hook = model.register_forward_hook(lambda _module, _given, out: watch(batch, out))
+            hook = model.register_forward_hook(
+                lambda _module, _given, out: watch(batch, getattr(out, "logits", out))
+            )
             try:
                 return batch.mean(self.each_loss(model, batch))
             finally:
@@ -217,7 +221,7 @@ class ClassifierRecipe(SupervisedRecipe):
     def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy [B], in nats."""
         assert batch.y is not None
-        return cross_entropy(model(batch.x), batch.y, reduction="none")
+        return cross_entropy(call(model, batch), batch.y, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,7 @@ class RegressorRecipe(SupervisedRecipe):
     def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The regression loss [B]."""
         assert batch.y is not None
-        prediction = one_a_sample(model(batch.x), len(batch))
+        prediction = one_a_sample(call(model, batch), len(batch))
         return regression_each(prediction, batch.y, self.loss)
 
     def settings(self) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_outputs_are_those_of_each_model():
     valid = xp.Data((torch.randn(7, 6, generator=g), torch.arange(7) % 3))
     p = xp.Classification(mlp(), recipe.data, recipe.data, valid=valid, recipe=recipe)
     runtime = Runtime()
-    found = train_on_subsets(p, 3, 0.5, runtime)
+    found = train_on_subsets(p, 3, 0.5, runtime, validation=True)
     assert found.outputs.shape == (3, 37, 3) and found.masks.shape == (3, 30)
     assert torch.equal(found.train_ids, recipe.data.ids)
     keep = recipe.data.ids[found.masks[1]]

@@ -31,7 +31,7 @@ from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime, Silent
 from expunge.core.view import View
-from expunge.curvature.solve import Ridge, explained
+from expunge.curvature.solve import SOLVERS, Lasso, Ridge, explained
 from expunge.fleet.datamodels import rows_of
 from expunge.fleet.subsets import train_on_subsets
 from expunge.methods.general.datamodel_matching import DatamodelMatching
@@ -145,7 +145,7 @@ def test_dmm_invariant_2_changes_of_disjoint_sets_add_up(effects):
     whole = method.change(effects, torch.cat([two, one]))
     parts = method.change(effects, one) + method.change(effects, two)
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-5)
-    assert whole.shape == (190, 10)  # training and validation inputs
+    assert whole.shape == (150, 10)
 
 
 def test_half_precision_effects_are_added_in_single_precision():
@@ -252,7 +252,7 @@ def test_dmm_invariant_7_matching_closes_the_gap(small, effects):
 
 def test_effects_predict_models_on_other_subsets(small, effects):
     """Shape, precision, and the share of held-out variance that the record states."""
-    assert effects["effects"].shape == (150, 190, 10)
+    assert effects["effects"].shape == (150, 150, 10)
     assert effects["effects"].dtype == torch.float16
     outcome = run(small, DatamodelMatching(models=40), effects)
     assert outcome.details["explained"] == float(effects["explained"]) > 0
@@ -506,13 +506,71 @@ def test_dm_direct_knows_inputs_by_their_content(small, effects):
         logits(small, strict, data=small.test)
 
 
-def test_dm_direct_answers_validation_inputs_if_asked(small, effects):
+def test_dm_direct_answers_validation_inputs_if_asked(small):
     method = DMDirect(models=40, validation=True)
     assert method.needs.validation and not DMDirect().needs.validation
+    assert method.preparation_settings() != DMDirect(models=40).preparation_settings()
+    effects = dict(xp.prepare(small, method).tensors)
+    assert effects["effects"].shape == (150, 190, 10)
     direct = run(small, method, effects).model
     change = method.change(effects, SOME.resolve(small.train))
     wanted = logits(small, small.model, data=small.valid) - change[150:]
     torch.testing.assert_close(logits(small, direct, data=small.valid), wanted)
+
+
+@pytest.mark.parametrize("how", ["ridge", "projected"])
+@pytest.mark.parametrize("method", [DatamodelMatching, DMDirect])
+def test_validation_data_is_not_read_unless_it_is_declared(small, monkeypatch, method, how):
+    assert not method().needs.validation
+    monkeypatch.setattr(small.valid, "fetch", lambda ids: pytest.fail("validation data was read"))
+    settings = {"models": 4} if how == "ridge" else {"dimension": 8}
+    found = method(attribution=how, **settings).prepare(small, Runtime())
+    assert found["effects"].shape == (150, 150, 10)
+
+
+def test_a_descent_that_ends_early_is_in_the_record(small, monkeypatch):
+    monkeypatch.setitem(SOLVERS, "lasso", lambda lam: Lasso(lam, steps=1))
+    method = DatamodelMatching(attribution="lasso", models=20, lam=1e-9)
+    outcome = run(small, method, dict(method.prepare(small, Runtime())))
+    assert outcome.details["unfinished"] > 0
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_dm_direct_knows_its_inputs_in_another_precision(small, effects, kind):
+    direct = copy.deepcopy(run(small, DMDirect(models=40, multiplier=50.0), effects).model)
+    before = copy.deepcopy(small.model)
+    x = small.train.fetch(small.train.ids[:20]).x * 1.0
+    with torch.no_grad():
+        shift = before(x) - direct(x)
+        found = before.to(kind)(x.to(kind)) - direct.to(kind)(x.to(kind))
+        assert float(shift.abs().max()) > 3
+        torch.testing.assert_close(found.float(), shift, atol=0.2, rtol=0.02)
+        unknown = torch.randn(5, *x.shape[1:]).to(kind)
+        assert torch.equal(direct(unknown), before(unknown))
+
+
+def test_dm_direct_knows_what_is_left_of_an_input_in_half_precision(small):
+    """Numbers that lose digits, inputs that become equal, and one that is exactly such a rest."""
+    x = torch.tensor([[0.1, 0.2], [0.1 + 1e-6, 0.2], [0.3, 0.7], [0.3, 0.7]])
+    x[3] = x[2].half().float()
+    problem = Classification(
+        nn.Linear(2, 3), (x, torch.arange(4) % 3), recipe=lambda k, s: nn.Linear(2, 3)
+    )
+    effects = torch.zeros(4, 4, 3)
+    effects[0] = torch.tensor([1.0, 3.0, 5.0, 7.0])[:, None]
+    tensors = {"effects": effects.half(), "train_ids": torch.arange(4)}
+    outcome = run(problem, DMDirect(), tensors, Request(ids=(0,)))
+    assert outcome.details["known_inputs"] == 4
+
+    def shifts(kind):
+        with torch.no_grad():
+            mine, original = (copy.deepcopy(m).to(kind) for m in (outcome.model, problem.model))
+            return (original(x.to(kind)) - mine(x.to(kind)))[:, 0].float()
+
+    torch.testing.assert_close(shifts(torch.float32), torch.tensor([1.0, 3.0, 5.0, 7.0]))
+    torch.testing.assert_close(
+        shifts(torch.float16), torch.tensor([2.0, 2.0, 7.0, 7.0]), atol=0.01, rtol=0
+    )
 
 
 def test_dm_direct_is_a_wrapper_that_can_be_saved(small, effects, tmp_path):

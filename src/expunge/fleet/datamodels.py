@@ -74,19 +74,21 @@ class Attributing(Method):
         kept = {"attribution", "lam"} | (
             {"dimension", "checkpoints"} if gradients else {"models", "share"}
         )
-        return {k: v for k, v in self.in_force().items() if k in kept}
+        asked = {"validation": True} if self.needs.validation else {}
+        return {k: v for k, v in self.in_force().items() if k in kept} | asked
 
     def prepare(self, problem: Problem, runtime: Runtime) -> dict[str, Tensor]:
         """Estimate all effects, before any request.
 
         Args:
-            problem: its training data and, if there is some, validation data are the known inputs.
+            problem: its training data and, if the method declares it, validation data are the known
+                inputs.
             runtime: seeds, device and progress.
 
         Returns:
             `effects` float16 [n, N, C], inputs in the order of training, then validation data;
             `train_ids` [n]; `explained`, the share of variance predicted on held-out subsets, and
-            `lam`, where the estimate knows them.
+            `lam`, where the estimate knows them; `unfinished`, the outputs whose descent ended early.
 
         Raises:
             ExpungeError: an effect is not finite, or too large for half precision.
@@ -95,7 +97,9 @@ class Attributing(Method):
         if self.attribution == "projected":
             effects = self._projected(problem, runtime)
         else:
-            subsets = train_on_subsets(problem, self.models, self.share, runtime)
+            subsets = train_on_subsets(
+                problem, self.models, self.share, runtime, validation=self.needs.validation
+            )
             found = SOLVERS[self.attribution](self.lam)(subsets.masks, subsets.outputs.flatten(1))
             effects, facts = found.values.unflatten(1, subsets.outputs.shape[1:]), found.details
         half = effects.half()
@@ -113,7 +117,7 @@ class Attributing(Method):
 
     def facts(self, prepared: Mapping[str, Tensor]) -> dict[str, float]:
         """What a record says about the estimate."""
-        return {k: float(prepared[k]) for k in ("lam", "explained") if k in prepared}
+        return {k: float(prepared[k]) for k in ("lam", "explained", "unfinished") if k in prepared}
 
     def _projected(self, problem: Problem, runtime: Runtime) -> Tensor:
         """Average over the original and further models of the recipe."""
@@ -144,7 +148,8 @@ class Attributing(Method):
 
         def queries(classes: int) -> Iterator[Tensor]:
             for c in range(classes):
-                yield torch.cat([logit(c, data) for data in known_inputs(problem)])
+                known = known_inputs(problem, self.needs.validation)
+                yield torch.cat([logit(c, data) for data in known])
 
         train = problem.train
         phi = features(

@@ -26,7 +26,7 @@ class Subsets:
         masks: who was in each training, bool [K, n] in the order of `train_ids`.
         outputs: logits of every model on every known input, float32 [K, N, C].
         train_ids: ids [n] of the training data.
-        ids: ids [N] of the inputs: the training data, then the validation data if there is some.
+        ids: ids [N] of the inputs: the training data, then the validation data if it was asked for.
     """
 
     masks: Tensor
@@ -54,12 +54,15 @@ def random_masks(count: int, size: int, share: float, runtime: Runtime) -> Tenso
     return masks
 
 
-def known_inputs(problem: Problem) -> list[Data]:
-    """Data whose inputs may be looked at before any request: training, then validation."""
-    return [problem.train] + ([] if problem.valid is None else [problem.valid])
+def known_inputs(problem: Problem, validation: bool) -> list[Data]:
+    """Data whose inputs may be looked at before any request: training, then validation if asked for."""
+    more = [problem.valid] if validation and problem.valid is not None else []
+    return [problem.train, *more]
 
 
-def train_on_subsets(problem: Problem, models: int, share: float, runtime: Runtime) -> Subsets:
+def train_on_subsets(
+    problem: Problem, models: int, share: float, runtime: Runtime, *, validation: bool = False
+) -> Subsets:
     """Train `models` times on random subsets and keep what each model says.
 
     Args:
@@ -68,6 +71,7 @@ def train_on_subsets(problem: Problem, models: int, share: float, runtime: Runti
         share: of the training data in each subset.
         runtime: seeds, device and progress; samples and gradients of a recipe that knows its length
             are counted.
+        validation: keep what each model says about the validation data too.
 
     Returns:
         Masks and outputs.
@@ -76,10 +80,10 @@ def train_on_subsets(problem: Problem, models: int, share: float, runtime: Runti
     keeps = [problem.train.ids[mask] for mask in masks]
     seeds = [runtime.seed_for("subset model", k) for k in range(models)]
     outputs = [
-        outputs_of(problem, model, runtime)
+        outputs_of(problem, model, runtime, validation)
         for model in train_many(problem, keeps, seeds, runtime, task="subsets")
     ]
-    ids = torch.cat([data.ids for data in known_inputs(problem)])
+    ids = torch.cat([data.ids for data in known_inputs(problem, validation)])
     return Subsets(masks, torch.stack(outputs), problem.train.ids.clone(), ids)
 
 
@@ -128,12 +132,12 @@ def train_many(
 
 
 @torch.no_grad()
-def outputs_of(problem: Problem, model: nn.Module, runtime: Runtime) -> Tensor:
+def outputs_of(problem: Problem, model: nn.Module, runtime: Runtime, validation: bool) -> Tensor:
     """Logits float32 [N, C] of a model in eval mode on every known input, on CPU."""
     compute = problem.capability("logits")
     model = model.to(runtime.device).eval()
     parts = []
-    for data in known_inputs(problem):
+    for data in known_inputs(problem, validation):
         for batch in data.batches(512):
             parts.append(compute(model, batch.to(runtime.device)).float().cpu())
             runtime.cost.samples += len(batch)

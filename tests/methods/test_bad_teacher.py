@@ -121,6 +121,17 @@ def test_bad_teacher_trains_the_student_in_training_mode():
     assert modes == {True}
 
 
+def test_bad_teacher_moves_running_statistics_with_one_forgotten_sample_in_a_batch():
+    def build():
+        return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+    torch.manual_seed(0)
+    problem = Classification(build().eval(), (torch.rand(32, 5), torch.arange(32) % 3), build=build)
+    method = BadTeacher(lr=0.1, share=1.0, batch_size=8, epochs=2)
+    outcome = run(problem, method, Request(ids=(7,)))
+    assert int(outcome.model[1].num_batches_tracked) == 2 * 4
+
+
 @pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
 def test_bad_teacher_rehearses_a_share_of_the_rest(digits, share):
     outcome = run(digits, BadTeacher(share=share, epochs=2))

@@ -23,7 +23,7 @@ from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
-from expunge.train.fit import Pass
+from expunge.train.fit import Pass, Together
 from expunge.train.losses import kl_each
 from expunge.train.method import Training
 from expunge.train.mixed import mixed
@@ -87,7 +87,7 @@ class BadTeacher(Training):
         def passes(epoch: int) -> Pass:
             order = runtime.generator("mixed", epoch)
             for parts in mixed(view, self.batch_size, order, rehearsed):
-                yield loss, tuple(replace(part, y=None) for part in parts if part is not None)
+                yield loss, Together(replace(part, y=None) for part in parts if part is not None)
 
         outcome, _ = self.train_model(view.model(), passes, view, runtime)
         outcome.details["rehearsed"] = count

@@ -100,7 +100,7 @@ def test_the_recipe_fits_a_line_and_has_a_key_of_its_own():
 
 def test_methods_that_need_classes_say_so():
     p = xp.Regression(nn.Linear(3, 1), (X, Y))
-    with pytest.raises(xp.UserError, match="no classes"):
+    with pytest.raises(xp.UserError, match="needs classes to choose from"):
         xp.unlearn(p, xp.forget(where="y < 2"), xp.methods.RandomLabel(epochs=1))
 
 

@@ -30,6 +30,7 @@ LABEL, CLASSES, EPOCHS = 3, 10, 2
 
 OURS = {
     "ssd (sample)": lambda: xp.methods.SSD(alpha=5.0),
+    "ssd (sample, chunk 16)": lambda: xp.methods.SSD(alpha=5.0),
     "ssd (batch)": lambda: xp.methods.SSD(alpha=10.0, fisher="batch", batch_size=64),
     "salun": lambda: xp.methods.SalUn(epochs=EPOCHS, lr=0.01, batch_size=128),
     "scrub": lambda: xp.methods.SCRUB(epochs=EPOCHS, max_epochs=1, lr=0.001, batch_size=128),
@@ -159,6 +160,7 @@ def plain_l1(model: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
 
 PLAIN = {
     "ssd (sample)": lambda m, x, y: plain_ssd(m, x, y, 1, 5.0),
+    "ssd (sample, chunk 16)": lambda m, x, y: plain_ssd(m, x, y, 1, 5.0),
     "ssd (batch)": lambda m, x, y: plain_ssd(m, x, y, 64, 10.0),
     "salun": plain_salun,
     "scrub": plain_scrub,
@@ -169,7 +171,7 @@ PLAIN = {
 
 def run(side: str, name: str, model: nn.Module, samples: int) -> xp.Cost:
     x, y = torch.randn(samples, 1, 28, 28), torch.arange(samples) % CLASSES
-    runtime = xp.Runtime(threads=1)
+    runtime = xp.Runtime(threads=1, chunk=16 if "chunk 16" in name else None)
     if side == "ours":
         problem = xp.Classification(model, (x, y), build=small_resnet)
         return xp.unlearn(problem, xp.forget(label=LABEL), OURS[name](), runtime=runtime).cost

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from expunge import __version__
 from expunge.core.hashing import plain
@@ -35,3 +37,24 @@ def write(name: str, data: Mapping[str, Any], seen: Iterable[tuple[str, str, boo
         *(f"| {e} | {s} | {'holds' if ok else 'MISSED'} |" for e, s, ok in rows),
     ]
     (RESULTS / f"{name}.md").write_text("\n".join(table) + "\n")
+
+
+def must_be_seen(
+    expected: Callable[[Any], Iterable[tuple]], number: int
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Two tests over what the fixture `seen` found: each expectation holds, and none is left out.
+
+    Args:
+        expected: from what was seen to rows: the sentence, figures, and whether it holds.
+        number: how many rows there are.
+    """
+
+    @pytest.mark.parametrize("index", range(number))
+    def each(seen: Any, index: int) -> None:
+        sentence, *figures, holds = list(expected(seen))[index]
+        assert holds, f"{sentence}: {figures}"
+
+    def whole(seen: Any) -> None:
+        assert len(list(expected(seen))) == number
+
+    return each, whole

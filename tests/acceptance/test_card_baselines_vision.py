@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pytest
 from _five_scores import five_scores, over_seeds
-from _results import write
+from _results import must_be_seen, write
 from torch import nn
 
 import expunge as xp
@@ -149,14 +149,4 @@ def figures(found):
         )
 
 
-NUMBER = 26
-
-
-@pytest.mark.parametrize("index", range(NUMBER))
-def test_baselines_vision_must_be_seen(seen, index):
-    sentence, values, holds = list(expected(seen))[index]
-    assert holds, f"{sentence}: {values}"
-
-
-def test_every_expectation_is_tested(seen):
-    assert len(list(expected(seen))) == NUMBER
+test_baselines_vision_must_be_seen, test_every_expectation_is_tested = must_be_seen(expected, 26)

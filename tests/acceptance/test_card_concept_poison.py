@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _results import write
+from _results import must_be_seen, write
 
 import expunge as xp
 from expunge.analysis.concepts import bottleneck, concept_bank
@@ -159,14 +159,4 @@ def expected(found):
     yield "IG gap at 8, 32, 128 midpoints: falls, at last below .2 % of the logit's change", ".147, .025, <.001", ", ".join(f"{g:.4f}" for g in gap) + f" ({share:.2%})", halves and share < 0.002  # fmt: skip
 
 
-NUMBER = 20
-
-
-@pytest.mark.parametrize("index", range(NUMBER))
-def test_concept_poison_must_be_seen(seen, index):
-    sentence, card, got, holds = list(expected(seen))[index]
-    assert holds, f"{sentence} (card: {card}): {got}"
-
-
-def test_every_expectation_is_tested(seen):
-    assert len(list(expected(seen))) == NUMBER
+test_concept_poison_must_be_seen, test_every_expectation_is_tested = must_be_seen(expected, 20)

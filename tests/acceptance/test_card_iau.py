@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _five_scores import five_scores, over_seeds
-from _results import write
+from _results import must_be_seen, write
 from torch import nn
 
 import expunge as xp
@@ -109,14 +109,4 @@ def expectations(found):
     yield "one pass costs less than a tenth of a training, in seconds", seconds, seconds[0] < seconds[1] / 10  # fmt: skip
 
 
-NUMBER = 8
-
-
-@pytest.mark.parametrize("index", range(NUMBER))
-def test_iau_must_be_seen(seen, index):
-    sentence, values, holds = list(expectations(seen))[index]
-    assert holds, f"{sentence}: {values}"
-
-
-def test_every_expectation_is_tested(seen):
-    assert len(list(expectations(seen))) == NUMBER
+test_iau_must_be_seen, test_every_expectation_is_tested = must_be_seen(expectations, 8)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _results import write
+from _results import must_be_seen, write
 from torch import Tensor, nn
 
 import expunge as xp
@@ -151,14 +151,4 @@ def expected(found):
     yield "true labels are said more, and more again after the repair", true, true[0] < true[1] < true[2]  # fmt: skip
 
 
-NUMBER = 6
-
-
-@pytest.mark.parametrize("index", range(NUMBER))
-def test_laf_must_be_seen(seen, index):
-    sentence, values, holds = list(expected(seen))[index]
-    assert holds, f"{sentence}: {values}"
-
-
-def test_every_expectation_is_tested(seen):
-    assert len(list(expected(seen))) == NUMBER
+test_laf_must_be_seen, test_every_expectation_is_tested = must_be_seen(expected, 6)

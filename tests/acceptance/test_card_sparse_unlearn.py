@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _five_scores import five_scores, over_seeds
-from _results import write
+from _results import must_be_seen, write
 from torch import nn
 
 import expunge as xp
@@ -106,14 +106,4 @@ def expectations(found):
     yield "class: influence as released, α = 1 does nothing, α = 20 forgets", [weak, strong], weak < 5 and strong > 50  # fmt: skip
 
 
-NUMBER = 9
-
-
-@pytest.mark.parametrize("index", range(NUMBER))
-def test_sparse_unlearn_must_be_seen(seen, index):
-    sentence, values, holds = list(expectations(seen))[index]
-    assert holds, f"{sentence}: {values}"
-
-
-def test_every_expectation_is_tested(seen):
-    assert len(list(expectations(seen))) == NUMBER
+test_sparse_unlearn_must_be_seen, test_every_expectation_is_tested = must_be_seen(expectations, 9)

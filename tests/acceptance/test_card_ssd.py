@@ -11,7 +11,7 @@ import statistics
 
 import pytest
 import torch
-from _results import write
+from _results import must_be_seen, write
 from torch import nn
 
 import expunge as xp
@@ -151,14 +151,4 @@ def seen():
     return found
 
 
-NUMBER = 13
-
-
-@pytest.mark.parametrize("index", range(NUMBER))
-def test_ssd_must_be_seen(seen, index):
-    sentence, values, holds = list(expected(seen))[index]
-    assert holds, f"{sentence}: {values}"
-
-
-def test_every_expectation_is_tested(seen):
-    assert len(list(expected(seen))) == NUMBER
+test_ssd_must_be_seen, test_every_expectation_is_tested = must_be_seen(expected, 13)

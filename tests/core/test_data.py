@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from expunge.core.data import Batch, Data
+from expunge.core.data import Batch, Data, look_up
 from expunge.core.errors import DataError, RequestError
 from expunge.core.request import Request
 
@@ -203,6 +203,34 @@ def flip(tensor: torch.Tensor, byte: int) -> torch.Tensor:
     raw = tensor.clone().view(-1).view(torch.uint8)
     raw[byte] ^= 1
     return raw.view(tensor.dtype).view(tensor.shape)
+
+
+@pytest.mark.parametrize("ids", [[30, 10, 20], [10, 20, 30]])
+def test_positions_of_ids_in_any_order(ids):
+    data = Data(torch.tensor(ids, dtype=torch.float32)[:, None], ids=ids)
+    assert data.positions([20, 10, 20]).tolist() == [ids.index(20), ids.index(10), ids.index(20)]
+    assert data.fetch(torch.tensor([30, 20])).x.flatten().tolist() == [30, 20]
+    assert data.positions([]).tolist() == []
+    for outside in (9, 25, 31):
+        with pytest.raises(RequestError, match=f"id {outside} is not in the data of 3"):
+            data.positions([10, outside])
+
+
+def test_nothing_is_found_among_no_ids():
+    empty = torch.tensor([], dtype=torch.long)
+    assert look_up(empty, torch.tensor([1, 2]))[1].tolist() == [False, False]
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(1, 3), torch.tensor([False, True, True]), torch.tensor([1, 2])]
+)
+def test_rows_of_a_batch_stand_for_themselves(rows):
+    x, y, ids = torch.arange(6.0).reshape(3, 2), torch.arange(3), torch.tensor([7, 8, 9])
+    part = Batch({"a": x}, y, ids, total=12, processes=4).rows(rows)
+    assert part.ids.tolist() == [8, 9] and part.y.tolist() == [1, 2]
+    assert torch.equal(part.x["a"], x[1:])
+    assert (part.total, part.processes) == (2, 1)
+    assert float(part.mean(torch.tensor([1.0, 3.0]))) == 2
 
 
 def test_the_fingerprint_sees_a_single_bit_of_input_label_or_id():

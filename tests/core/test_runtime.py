@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from expunge.core.errors import SettingError
 from expunge.core.outcome import Cost
 from expunge.core.runtime import Budget, JsonLines, Runtime
 
@@ -134,6 +135,13 @@ def test_descriptions_hold_what_a_result_depends_on():
     }
     limited = Runtime(budget=Budget(steps=5)).describe()
     assert limited["budget"] == {"seconds": None, "steps": 5}
+
+
+def test_a_chunk_is_described_where_it_is_set_and_holds_a_sample_at_least():
+    assert "chunk" not in Runtime().describe()
+    assert Runtime(chunk=16).describe()["chunk"] == 16
+    with pytest.raises(SettingError, match="at least 1 sample, not 0"):
+        Runtime(chunk=0)
 
 
 def test_one_process_shares_nothing():

@@ -106,6 +106,20 @@ def test_statistics_leave_the_model_alone_and_count_their_gradients(case):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_no_more_samples_are_held_than_the_runtime_says(case):
+    model, _, source, runtime = case
+    sizes = []
+
+    def each(model, batch):
+        sizes.append(len(batch))
+        return loss_each(model, batch)
+
+    small = fisher.per_sample_squares(model, each, source, Runtime(chunk=2))
+    assert max(sizes) == 2
+    whole = fisher.per_sample_squares(model, loss_each, source, runtime)
+    assert all(torch.allclose(v, whole.values[n]) for n, v in small.values.items())
+
+
 def test_frozen_and_unreached_parameters_have_no_importance(case):
     model, _, source, runtime = case
     model.add_module("spare", nn.Identity())

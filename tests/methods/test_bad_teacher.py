@@ -37,7 +37,7 @@ def teachers(view):
 def test_baselines_vision_invariant_4_without_forget_data_nothing_happens(view, teachers):
     loss, student = two_teachers(view, *teachers, 1.0), view.model()
     batch = next(view.retain.batches(64))
-    value = loss(student, (batch,))
+    value = loss(student, batch)
     assert float(value.detach()) == 0
     value.backward()
     assert max(float(p.grad.abs().max()) for p in student.parameters()) < 1e-6
@@ -53,7 +53,7 @@ def test_baselines_vision_invariant_4_each_side_has_its_teacher(view, teachers):
             kl_each(view.logits(t, b), view.logits(student, b), 2.0) / 4
             for t, b in ((bad, forget), (good, retain))
         ]
-        got = loss(student, (forget, retain))
+        got = loss(student, forget.joined(retain))
     torch.testing.assert_close(got, torch.cat(wanted).mean())
     assert float((wanted[0].mean() - wanted[1].mean()).abs()) > 1e-3
 
@@ -86,7 +86,7 @@ def test_baselines_vision_invariant_4_at_a_high_temperature_targets_are_uniform(
     forget, retain = next(view.forget.batches(20)), next(view.retain.batches(20))
     student = view.fresh("student")
     values = [
-        float(two_teachers(view, *teachers, t)(student, (forget, retain)).detach())
+        float(two_teachers(view, *teachers, t)(student, forget.joined(retain)).detach())
         for t in (1.0, 100.0, 1e4)
     ]
     assert values[0] > 1 and values[1] < 1e-2 and values[2] < 1e-6
@@ -100,7 +100,7 @@ def test_bad_teacher_averages_over_samples(view, teachers):
     batch = next(view.forget.batches(16))
     good, bad = teachers
     with torch.no_grad():
-        got = two_teachers(view, good, bad, 1.0)(good, (batch,))
+        got = two_teachers(view, good, bad, 1.0)(good, batch)
         p, q = view.logits(bad, batch).log_softmax(1), view.logits(good, batch).log_softmax(1)
     torch.testing.assert_close(got, (p.exp() * (p - q)).sum() / 16)
 

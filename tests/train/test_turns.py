@@ -54,7 +54,7 @@ def train(runtime=None, step="adam", **options):
 def test_turns_are_two_optimisers_by_hand(step):
     kind = torch.optim.Adam if step == "adam" else torch.optim.SGD
     model = network()
-    two = [kind(model.parameters(), lr=r) for r in RATES]
+    two = [kind(model.parameters(), lr=r, fused=True) for r in RATES]
     for _ in range(3):
         for batch in batches():
             for loss, one in zip((first, second), two, strict=True):

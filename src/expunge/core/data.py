@@ -30,6 +30,14 @@ def map_inputs(x: Inputs, f: Callable[[Tensor], Tensor]) -> Any:
     return {name: f(value) for name, value in x.items()}
 
 
+def look_up(ordered: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Find ids [n] among sorted ids [N] in n log N: their places, and whether each is there."""
+    if not len(ordered):
+        return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
+    places = torch.searchsorted(ordered, wanted).clamp_(max=len(ordered) - 1)
+    return places, ordered[places] == wanted
+
+
 @dataclass(frozen=True)
 class Batch:
     """Some samples: inputs `x` [B, …], labels `y` [B] or None where withheld, stable `ids` [B].
@@ -68,6 +76,17 @@ class Batch:
         y = None if self.y is None or other.y is None else torch.cat([self.y, other.y])
         ids = torch.cat([self.ids, other.ids])
         return replace(self, x=x, y=y, ids=ids, total=self.total + other.total)
+
+    def rows(self, part: slice | Tensor) -> Batch:
+        """Return some samples; the piece stands for itself, so its mean is over its own samples.
+
+        Args:
+            part: a slice, a mask [B] or places.
+        """
+        ids = self.ids[part]
+        y = None if self.y is None else self.y[part]
+        x = map_inputs(self.x, lambda t: t[part])
+        return replace(self, x=x, y=y, ids=ids, total=len(ids), processes=1)
 
     def mean(self, each: Tensor) -> Tensor:
         """Mean of per-sample values over the *whole* batch, whatever share this process holds.
@@ -146,7 +165,7 @@ class Data:
                 raise DataError(
                     f"column {column!r} has {len(values)} values for {self._length} samples"
                 )
-        self._position = {int(i): p for p, i in enumerate(self.ids.tolist())}
+        self._sorted, self._order = self.ids.sort()
         self._fingerprint: str | None = None
 
     @classmethod
@@ -189,11 +208,12 @@ class Data:
         Raises:
             RequestError: an id is not in the data.
         """
-        wanted = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
-        missing = [i for i in wanted if i not in self._position]
-        if missing:
+        wanted = ids if isinstance(ids, Tensor) else torch.tensor([int(i) for i in ids])
+        places, there = look_up(self._sorted, wanted.long())
+        if not bool(there.all()):
+            missing = wanted[~there].tolist()
             raise RequestError(f"{_some(missing)} not in the data of {len(self)} samples")
-        return torch.tensor([self._position[i] for i in wanted], dtype=torch.long)
+        return self._order[places]
 
     def ids_of(self, wanted: Sequence[int | str]) -> Tensor:
         """Stable ids for a mixture of ids and outside names.
@@ -204,11 +224,12 @@ class Data:
         by_name = (
             {} if self.names is None else dict(zip(self.names, self.ids.tolist(), strict=True))
         )
+        known = set(self.ids.tolist())
         found, missing = [], []
         for item in wanted:
             if isinstance(item, str) and item in by_name:
                 found.append(by_name[item])
-            elif _is_int(item) and int(item) in self._position:
+            elif _is_int(item) and int(item) in known:
                 found.append(int(item))
             else:
                 missing.append(item)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from expunge.core.errors import SettingError
 from expunge.core.outcome import Cost
 
 
@@ -103,6 +104,8 @@ class Runtime:
         seed: the run's seed; each stage derives its own from it and its name.
         precision: `"no"`, `"bf16"` or `"fp16"` for mixed precision in training.
         threads: intra-op threads; fixed because results depend on it in the last bits.
+        chunk: samples whose gradients are held at a time where each sample's is needed: fewer take
+            less memory and more time. None fits them into a quarter of a GiB, 64 at most.
         budget: limits on training loops.
         reporter: where progress goes.
         checkpoint: folder for training checkpoints, or None.
@@ -115,12 +118,18 @@ class Runtime:
     seed: int = 0
     precision: str = "no"
     threads: int | None = None
+    chunk: int | None = None
     budget: Budget = field(default_factory=Budget)
     reporter: Reporter = field(default_factory=Silent)
     checkpoint: Path | None = None
     checkpoint_every: int = 50
     alone: bool = False
     cost: Cost = field(default_factory=Cost)
+
+    def __post_init__(self) -> None:
+        """Check the chunk; raises `SettingError` below 1."""
+        if self.chunk is not None and self.chunk < 1:
+            raise SettingError(f"chunk must be at least 1 sample, not {self.chunk}")
 
     @property
     def processes(self) -> int:
@@ -220,7 +229,9 @@ class Runtime:
             "processes": self.processes,
             "threads": self.threads or torch.get_num_threads(),
             "seed": self.seed,
-        } | ({} if self.budget == Budget() else {"budget": asdict(self.budget)})
+            **({} if self.chunk is None else {"chunk": self.chunk}),
+            **({} if self.budget == Budget() else {"budget": asdict(self.budget)}),
+        }
 
 
 @dataclass

@@ -7,6 +7,7 @@ every sample read is counted.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.core.data import Batch, Data
+from expunge.core.data import Batch, Data, look_up
 from expunge.core.errors import AccessError, NeedsError
 from expunge.core.needs import Needs
 from expunge.core.problem import Problem, run_recipe
@@ -33,6 +34,10 @@ class Source:
         self.labelled = labelled
         self._data = data
         self._runtime = runtime
+
+    @functools.cached_property
+    def _sorted(self) -> Tensor:
+        return self.ids.sort().values
 
     def __len__(self) -> int:
         """Return the number of samples on this side."""
@@ -59,7 +64,7 @@ class Source:
             AccessError: an id belongs to another side.
         """
         ids = ids.cpu()  # ids of a batch travel with it to its device
-        if not bool(torch.isin(ids, self.ids).all()):
+        if not bool(look_up(self._sorted, ids)[1].all()):
             raise AccessError("a method asked for samples that are not on this side of the data")
         share = self._runtime.share(ids)
         batch = self._data.fetch(share)
@@ -106,9 +111,11 @@ class View:
     def retain(self) -> Source:
         """The samples to keep."""
         self._declared(self.needs.retain, "retain data")
-        return self._side(
-            self._problem.train, self._problem.train.without(self._forget_ids), "retain"
-        )
+        return self._side(self._problem.train, self._retain_ids, "retain")
+
+    @functools.cached_property
+    def _retain_ids(self) -> Tensor:
+        return self._problem.train.without(self._forget_ids)
 
     @property
     def everything(self) -> Source:
@@ -145,7 +152,7 @@ class View:
         """Run the recipe without the forget samples."""
         self._declared(self.needs.recipe, "the recipe")
         assert self._problem.recipe is not None  # needs.check saw to it
-        keep = self._problem.train.without(self._forget_ids)
+        keep = self._retain_ids
         # A recipe runs its own loop; one that knows its length lets the cost be counted.
         epochs = int(getattr(self._problem.recipe, "epochs", 0))
         self._runtime.cost.samples += epochs * len(keep)

@@ -68,7 +68,7 @@ def per_sample_squares(
         each: per-sample losses [B] of a batch.
         source: the samples; each process takes its share of them.
         runtime: counts gradients, adds up the processes' sums.
-        chunk: samples whose gradients are held at a time; from a memory bound when None.
+        chunk: samples whose gradients are held at a time; the runtime's when None.
         path: how per-sample gradients are computed (see `per_sample`).
 
     Returns:
@@ -179,7 +179,7 @@ def mean_gradient(
             share = batch.total / len(source) / batch.processes
             gradients = _batch_gradient(model, each, batch, list(parameters.values()))
             for value, g in zip(values.values(), gradients, strict=True):
-                value += share * runtime.sum(g.to(value.dtype))
+                value += share * runtime.sum(g.to(value.dtype).clone())
             runtime.cost.gradients += len(batch)
     return Statistic("mean_gradient", values, len(source))
 
@@ -194,7 +194,7 @@ def _per_sample(
     chunk: int | None,
     path: Path | Literal["auto"],
 ) -> Statistic:
-    chunk = default_chunk(model) if chunk is None else chunk
+    chunk = chunk or runtime.chunk or default_chunk(model)
     # read as many as the processes can hold together, so that no one holds more than a chunk
     batches = source.batches(chunk * runtime.processes)
     with runtime.task(kind, len(source)) as task:
@@ -225,8 +225,10 @@ def _over_batches(
         for batch in _reported(batches, task.advance):
             gradients = _batch_gradient(model, each, batch, list(parameters.values()))
             for value, g in zip(values.values(), gradients, strict=True):
-                whole = runtime.sum(g.to(value.dtype)) / batch.processes
-                value += f(whole)
+                if batch.processes > 1:
+                    # of a clone: the sum works in place, and autograd may share tensors
+                    g = runtime.sum(g.to(value.dtype).clone()) / batch.processes
+                value += f(g.to(value.dtype))
             count += 1
             runtime.cost.gradients += len(batch)
     if average:
@@ -242,9 +244,8 @@ def _batch_gradient(
         loss = batch.mean(each(model, batch))
         if loss.requires_grad:
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            # clones: the sum over processes works in place, and autograd may share tensors
             return [
-                torch.zeros_like(p) if g is None else g.clone()
+                torch.zeros_like(p) if g is None else g
                 for p, g in zip(parameters, found, strict=True)
             ]
     return [torch.zeros_like(p) for p in parameters]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -150,17 +149,4 @@ def _reduce(g: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
 def pieces(batch: Batch, size: int) -> Iterator[Batch]:
     """Cut a batch into pieces of at most `size` samples."""
     for start in range(0, len(batch), size):
-        yield take(batch, slice(start, start + size))
-
-
-def take(batch: Batch, part: slice) -> Batch:
-    """Cut a batch; a piece stands for itself, so its mean is over its own samples."""
-    ids = batch.ids[part]
-    return replace(
-        batch,
-        x=map_inputs(batch.x, lambda t: t[part]),
-        y=None if batch.y is None else batch.y[part],
-        ids=ids,
-        total=len(ids),
-        processes=1,
-    )
+        yield batch.rows(slice(start, start + size))

@@ -26,7 +26,6 @@ from expunge.curvature.generic import (
     by_vmap,
     eval_mode,
     pieces,
-    take,
     trainable,
 )
 from expunge.curvature.layerwise import NotLayerwise
@@ -139,7 +138,7 @@ def per_sample_sum(
             for piece in pieces(batch, chunk):
                 if len(piece) > 1 and not trusted:
                     trusted = True
-                    if not _agrees(model, each, take(piece, slice(0, 3)), reduce, result):
+                    if not _agrees(model, each, piece.rows(slice(0, 3)), reduce, result):
                         ways.remove("layerwise")
                 # a single sample proves nothing about the closed forms, and a loop is as fast
                 current = ["loop"] if path == "auto" and len(piece) == 1 else ways

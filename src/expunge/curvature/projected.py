@@ -64,7 +64,7 @@ def features(
         Float32 on CPU.
     """
     names = list(trainable(model))
-    chunk = default_chunk(model)
+    chunk = runtime.chunk or default_chunk(model)
     path: Path = "vmap"
     done: list[Tensor] = []
     waiting: list[Tensor] = []  # drawing the projection is dear: many rows share one

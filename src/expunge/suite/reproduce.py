@@ -66,7 +66,7 @@ def reproduce(
     Args:
         run: an original, a reference or an unlearning.
         store: only read, except for an original that has to be trained again.
-        runtime: device and progress; seed, threads and precision are the record's.
+        runtime: device and progress; seed, threads, precision and chunk are the record's.
         recipe: how the model was trained, where the record's problem does not know it.
 
     Returns:
@@ -81,7 +81,11 @@ def reproduce(
             f"run {run.id} is of kind {run.kind}; only runs that make weights can be repeated"
         )
     was = record["runtime"]
-    here = replace(runtime, seed=was["seed"], threads=was["threads"], precision=was["precision"])
+    here = replace(
+        runtime,
+        chunk=was.get("chunk"),
+        **{name: was[name] for name in ("seed", "threads", "precision")},
+    )
     bench = Bench(store, here)
     problem = problem_of(record, bench, recipe)
     if run.kind == "unlearn":

@@ -118,10 +118,20 @@ def fit(
     }  # fmt: skip
     # the scaler of fp16 looks for the gradients of the optimiser's own tensors before it steps
     wide = moving if runtime.precision == "fp16" else wide_copies(moving)
-    frozen_values = {n: p.detach().clone() for n, p in wide.items()} if mask is not None else {}
+    barred = None if mask is None else {n: ~mask[n] for n in moving}
+    # without a gradient or decay an optimiser leaves a coordinate as it is, to the bit
+    decays = barred is not None and weight_decay > 0
+    frozen_values = {n: p.detach().clone() for n, p in wide.items()} if decays else {}
     rates = tuple(turns) or (lr,)
     optimizers = [
-        make_optimizer(step, wide.values(), lr=r, momentum=momentum, weight_decay=weight_decay)
+        make_optimizer(
+            step,
+            wide.values(),
+            lr=r,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            fused=runtime.precision != "fp16",
+        )
         for r in rates
     ]
     optimizer = Turns(optimizers) if turns else optimizers[0]
@@ -137,10 +147,7 @@ def fit(
                 "batch statistics cannot be shared between processes; use norm=frozen with several processes"
             )
         forward = {k: v for k, v in vars(model).items() if k == "forward"}
-        wrapped: nn.Module = model
-        prepared: Any = optimizer
-        if not runtime.alone:
-            wrapped, prepared = accelerator.prepare(model, optimizer)
+        wrapped, prepared = accelerator.prepare(model, optimizer)
         task.advance(first_epoch)
         for epoch in range(first_epoch, epochs):
             train_mode(model, norm)
@@ -177,14 +184,14 @@ def fit(
                 micro += 1
                 if micro % accumulate:
                     continue
-                if mask is not None:
-                    _mask_gradients(moving, mask)
+                if barred is not None:
+                    _mask_gradients(moving, barred)
                 if clip is not None:  # the norm is that of the coordinates that move
                     accelerator.clip_grad_norm_(moving.values(), clip)
                 prepared.step()
                 prepared.zero_grad(set_to_none=True)
-                if mask is not None:
-                    _restore(wide, mask, frozen_values, optimizers)
+                if barred is not None and decays:
+                    _restore(wide, barred, frozen_values, optimizers)
                     write_back(moving, wide)
                 result.steps += 1
                 if result.steps % every == 1 or every == 1:
@@ -217,6 +224,17 @@ def fit(
 _PUT_BACK = "the last weights with a finite loss at the start of an epoch were put back"
 
 
+class _Plain:
+    """An Accelerator with nothing to do, which saves its look for other packages at every step."""
+
+    @staticmethod
+    def prepare(*things: Any) -> tuple[Any, ...]:
+        return things
+
+    backward = staticmethod(Tensor.backward)
+    clip_grad_norm_ = staticmethod(nn.utils.clip_grad_norm_)
+
+
 @contextlib.contextmanager
 def _accelerated(runtime: Runtime) -> Iterator[Any]:
     """Give an Accelerator for this device and precision, whatever the process asked for before.
@@ -224,6 +242,9 @@ def _accelerated(runtime: Runtime) -> Iterator[Any]:
     Accelerate keeps the first choice for the life of a process; it is put back afterwards, since
     somebody else's Accelerator may rest on it.
     """
+    if runtime.alone or (runtime.processes == 1 and runtime.precision == "no"):
+        yield _Plain
+        return
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
@@ -280,22 +301,22 @@ def _why_stop(
     return stop(value)
 
 
-def _mask_gradients(moving: dict[str, nn.Parameter], mask: Mask) -> None:
+def _mask_gradients(moving: dict[str, nn.Parameter], barred: Mask) -> None:
     for name, p in moving.items():
         if p.grad is not None:
-            p.grad.masked_fill_(~mask[name], 0.0)  # a product would keep NaN
+            p.grad.masked_fill_(barred[name], 0.0)  # a product would keep NaN
 
 
 @torch.no_grad()
 def _restore(
     moving: dict[str, nn.Parameter],
-    mask: Mask,
+    barred: Mask,
     values: dict[str, Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """Undo what weight decay and momentum did to frozen coordinates, and forget their momentum."""
+    """Undo what weight decay did to frozen coordinates, and forget what momentum it built up."""
     for name, p in moving.items():
-        p.copy_(torch.where(mask[name], p, values[name]))
+        p.copy_(torch.where(barred[name], values[name], p))
         for state in (s for one in optimizers for s in one.state.get(p, {}).values()):
             if isinstance(state, Tensor) and state.shape == p.shape:
-                state.mul_(mask[name])
+                state.masked_fill_(barred[name], 0.0)

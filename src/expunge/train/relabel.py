@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -82,4 +83,4 @@ def merged_by(
     for forget, retain in mixed(view, size, generator):
         parts = [change(forget)] if forget is not None else []
         parts += [retain] if retain is not None else []
-        yield parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+        yield reduce(Batch.joined, parts)

@@ -49,7 +49,13 @@ diabetes_range = Workload(
     recipe=recipe,
     request=Request(where=f"y > {ABOVE}"),
     tuned={
-        "finetune": {"epochs": 20, "lr": 1e-3, "step": "adam", "batch_size": 32},
+        "finetune": {
+            "epochs": 20,
+            "lr": 1e-3,
+            "step": "adam",
+            "batch_size": 32,
+            "weight_decay": 0.0,
+        },
         "blindspot": {"epochs": 5, "lr": 2e-3, "batch_size": 32, "blind_epochs": 5},
         "gaussian-amnesiac": {"epochs": 5, "lr": 1e-3, "batch_size": 32},
     },

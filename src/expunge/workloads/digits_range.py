@@ -42,7 +42,13 @@ digits_range = Workload(
     recipe=recipe,
     request=Request(where="y <= 2"),
     tuned={
-        "finetune": {"epochs": 5, "lr": 1e-3, "step": "adam", "batch_size": 64},
+        "finetune": {
+            "epochs": 5,
+            "lr": 1e-3,
+            "step": "adam",
+            "batch_size": 64,
+            "weight_decay": 0.0,
+        },
         "blindspot": {"epochs": 5, "batch_size": 64, "blind_epochs": 5},
         "gaussian-amnesiac": {"epochs": 2, "batch_size": 64},
     },

@@ -72,7 +72,13 @@ movielens_rating = Workload(
     request=Request(where="y <= 1"),
     package="recbole (with --no-deps)",
     tuned={
-        "finetune": {"epochs": 2, "lr": 1e-3, "step": "adam", "batch_size": 1024},
+        "finetune": {
+            "epochs": 2,
+            "lr": 1e-3,
+            "step": "adam",
+            "batch_size": 1024,
+            "weight_decay": 0.0,
+        },
         "blindspot": {"epochs": 2, "lr": 5e-3, "batch_size": 1024, "blind_lr": 0.02},
         "gaussian-amnesiac": {"epochs": 2, "lr": 5e-3, "batch_size": 1024},
     },

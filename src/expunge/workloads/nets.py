@@ -85,17 +85,21 @@ class DigitsCNN(nn.Module):
 class ConvRegressor(nn.Module):
     """Blocks of convolution, batch norm and ReLU, a global average, and one linear output."""
 
-    def __init__(self, channels: tuple[int, ...] = (16, 32, 32, 32)) -> None:
-        """Build it untrained; every other block halves the image."""
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (16, 32, 32, 32),
+        strides: tuple[int, ...] = (1, 2, 1, 2),
+    ) -> None:
+        """Build it untrained; a block of stride 2 halves the image."""
         super().__init__()
         sizes = [1, *channels]
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(i, o, 3, 1 + n % 2, 1, bias=False),
+                nn.Conv2d(i, o, 3, stride, 1, bias=False),
                 nn.BatchNorm2d(o),
                 nn.ReLU(),
             )
-            for n, (i, o) in enumerate(itertools.pairwise(sizes))
+            for (i, o), stride in zip(itertools.pairwise(sizes), strides, strict=True)
         )
         self.head = nn.Linear(sizes[-1], 1)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
-from expunge.train.fit import Pass, Together
+from expunge.train.fit import Pass
 from expunge.train.losses import kl_each
 from expunge.train.method import Training
 from expunge.train.mixed import mixed
@@ -87,7 +88,9 @@ class BadTeacher(Training):
         def passes(epoch: int) -> Pass:
             order = runtime.generator("mixed", epoch)
             for parts in mixed(view, self.batch_size, order, rehearsed):
-                yield loss, Together(replace(part, y=None) for part in parts if part is not None)
+                # one pass of the student: batch statistics are those of the shuffled batch
+                batch = reduce(Batch.joined, (part for part in parts if part is not None))
+                yield loss, replace(batch, y=None)
 
         outcome, _ = self.train_model(view.model(), passes, view, runtime)
         outcome.details["rehearsed"] = count
@@ -96,8 +99,8 @@ class BadTeacher(Training):
 
 def two_teachers(
     view: View, good: nn.Module, bad: nn.Module, temperature: float
-) -> Callable[[nn.Module, tuple[Batch, ...]], Tensor]:
-    """The loss of one batch, given as its forget part, its retain part, or both in this order.
+) -> Callable[[nn.Module, Batch], Tensor]:
+    """The loss of one mixed batch; each teacher answers its own samples only.
 
     Args:
         view: gives logits, and says which samples are to be forgotten.
@@ -106,17 +109,18 @@ def two_teachers(
         temperature: τ, of teachers and student.
 
     Returns:
-        A loss `(model, parts) -> scalar` in nats, bounded below by 0.
+        A loss `(model, batch) -> scalar` in nats, bounded below by 0.
     """
     forgotten = view.forget.ids
 
-    def loss(model: nn.Module, parts: tuple[Batch, ...]) -> Tensor:
-        # one pass of the student: batch statistics are those of the shuffled batch
-        whole = parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
-        gone = torch.isin(whole.ids, forgotten.to(whole.ids.device))
-        student = view.logits(model, whole)
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        gone = torch.isin(batch.ids, forgotten.to(batch.ids.device))
+        student = view.logits(model, batch)
+        target = torch.empty_like(student)
         with torch.no_grad():
-            target = torch.where(gone[:, None], view.logits(bad, whole), view.logits(good, whole))
-        return whole.mean(kl_each(target, student, temperature)) / temperature**2
+            for teacher, rows in ((bad, gone), (good, ~gone)):
+                if bool(rows.any()):
+                    target[rows] = view.logits(teacher, batch.rows(rows)).to(target)
+        return batch.mean(kl_each(target, student, temperature)) / temperature**2
 
     return loss

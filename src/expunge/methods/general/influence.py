@@ -125,7 +125,7 @@ def whole_rows(
         like: a vector [P] of the dtype the rows are put together in.
         runtime: counts gradients, and puts the processes' rows together.
     """
-    chunks = ids.split(default_chunk(model))
+    chunks = ids.split(runtime.chunk or default_chunk(model))
     if runtime.processes == 1:
         runtime.cost.gradients += len(ids)
         yield from woodfisher.gradient_rows(model, view.each_loss, map(fetch, chunks))

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from expunge.core.data import Batch
 from expunge.core.errors import SettingError
@@ -86,4 +87,4 @@ class L1Sparse(FineTune):
 
 def l1_norm(model: nn.Module) -> Tensor:
     """Sum of magnitudes of all trainable parameters: weights, biases and norm layers alike."""
-    return torch.stack([p.abs().sum() for p in model.parameters() if p.requires_grad]).sum()
+    return torch.stack([vector_norm(p, 1) for p in model.parameters() if p.requires_grad]).sum()

@@ -11,6 +11,7 @@ What is taught as \(c\) is what the model finds least like \(c\). No forget samp
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -101,7 +102,7 @@ class UNSIR(Training):
                 )
                 parts = [_rows(noise, rows, runtime)] if len(rows) else []
                 parts += [view.retain.fetch(ids)] if len(ids) else []
-                yield loss, parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+                yield loss, reduce(Batch.joined, parts)
 
         def repair(epoch: int) -> Pass:
             order = torch.randperm(len(kept), generator=runtime.generator("repair", epoch))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -155,9 +156,7 @@ def imitation(
 
     def loss(model: nn.Module, parts: tuple[Batch, ...]) -> Tensor:
         # one forward pass over both sides: batch statistics are those of the mixed batch
-        whole = replace(parts[0], y=None)
-        for part in parts[1:]:
-            whole = whole.joined(part)
+        whole = replace(reduce(Batch.joined, parts), y=None)
         forgotten = torch.isin(whole.ids.cpu(), forgotten_ids).to(whole.ids.device)
         predicted, maps = tapped(model, whole, list(layers) if beta else [])
         each = []

@@ -10,10 +10,13 @@ from torch import nn
 from expunge.audits.cka import CKA, gram, groups, jackknife, linear_cka
 from expunge.core.audit import Subject
 from expunge.core.errors import ModelError
+from expunge.core.method import unlearn
 from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
+from expunge.methods.general.finetune import FineTune
 from expunge.problems.classification import Classification
+from expunge.workloads.nets import SmallResNet
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(200, 12, generator=GENERATOR)
@@ -130,6 +133,26 @@ def test_the_original_is_itself(subjects, by_name):
     found = by_name(CKA().run(subjects[0], subjects[2:], Runtime()))
     assert found["cka/original"].value == pytest.approx(1.0)
     assert found["cka/reference"].value == pytest.approx(found["cka/reference"].original)
+
+
+def test_comparator_invariant_5_what_is_frozen_stays_similar_after_training(by_name):
+    """Running statistics are frozen with their layer; the published code lets them follow."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.rand(60, 1, 8, 8, generator=generator), torch.arange(60) % 3
+    torch.manual_seed(0)
+    problem = Classification(SmallResNet(classes=3, width=4), (x, y))
+    shared = {"epochs": 3, "lr": 0.1, "batch_size": 20}
+    similar = {}
+    for train in ("last(1)", "full"):
+        model = unlearn(problem, Request(label=1), FineTune(train=train, **shared)).runnable()
+        subject = Subject(model, problem, Request(label=1), Runtime())
+        found = by_name(CKA().run(subject, [], Runtime()))["cka/original"].detail
+        similar[train] = dict(zip(found["layers"], found["values"], strict=True))
+    head = similar["last(1)"].pop("head")
+    frozen = list(similar["last(1)"].values())
+    assert len(frozen) > 6 and frozen == pytest.approx([1.0] * len(frozen), abs=1e-6)
+    assert head < 0.999
+    assert min(similar["full"].values()) < 0.99
 
 
 def test_splitting_the_layers_changes_nothing(subjects, monkeypatch):

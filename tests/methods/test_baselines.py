@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from expunge.core.errors import UnchangedError
+from expunge.core.errors import SettingError, UnchangedError
 from expunge.core.method import unlearn
 from expunge.core.request import Request
 from expunge.core.runtime import Budget, Runtime
@@ -51,7 +51,9 @@ def resnet_problem() -> Classification:
     x = torch.from_numpy(images[:120] / 16.0).float().reshape(-1, 1, 8, 8)
     y = torch.from_numpy(labels[:120]).long()
     torch.manual_seed(0)
-    return Classification(SmallResNet(width=4), (x, y), (x[:20], y[:20]))
+    return Classification(
+        SmallResNet(width=4), (x, y), (x[:20], y[:20]), build=lambda: SmallResNet(width=4)
+    )
 
 
 def test_finetune_has_the_weight_decay_of_its_card(digits):
@@ -262,7 +264,7 @@ def test_scrub_max_pass_leaves_the_teacher_on_the_forget_data(digits):
 
 
 def test_scrub_cannot_rewind_past_a_recalibration_or_without_the_class(digits):
-    from expunge.core.errors import DataError, SettingError
+    from expunge.core.errors import DataError
 
     with pytest.raises(SettingError, match="recalibration"):
         SCRUB(rewind=True, norm="recalibrate")
@@ -279,6 +281,40 @@ def test_frozen_layers_keep_their_running_statistics(resnet_problem):
     original = resnet_problem.model.state_dict()
     moved = {n for n, v in outcome.model.state_dict().items() if not torch.equal(v, original[n])}
     assert moved == {"head.weight", "head.bias"}
+
+
+def test_eu_k_draws_the_last_layers_anew_and_trains_them(resnet_problem):
+    shared = {"epochs": 1, "train": "last(1)", "weight_decay": 0.0}
+    outcome = run(resnet_problem, FineTune(reset=True, lr=1e-9, **shared))
+    fresh = resnet_problem.fresh(Runtime(seed=0).seed_for("fresh", "reset")).state_dict()
+    original = resnet_problem.model.state_dict()
+    for name, value in outcome.model.state_dict().items():
+        torch.testing.assert_close(value, (fresh if "head" in name else original)[name])
+    assert outcome.details["renewed"] == 17 * 10
+    trained = run(resnet_problem, FineTune(reset=True, lr=1.0, **shared)).model
+    assert float((trained.head.weight.detach() - fresh["head.weight"]).abs().max()) > 1e-3
+
+
+def test_eu_k_over_all_layers_is_training_from_scratch(resnet_problem):
+    fresh = resnet_problem.fresh(Runtime(seed=0).seed_for("fresh", "reset"))
+    shared = {"epochs": 2, "lr": 0.05}
+    scratch = run(Classification(fresh, resnet_problem.train), FineTune(**shared)).model
+    assert states_equal(run(resnet_problem, FineTune(reset=True, **shared)).model, scratch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"train": "saliency(0.5)"}, r"draws whole layers anew; use train=last\(K\)"),
+        (
+            {"norm": "frozen"},
+            r"running statistics of 'norm' too, which norm=frozen.*use norm=train",
+        ),
+    ],
+)
+def test_eu_k_refuses_what_would_be_half_a_reset(resnet_problem, settings, words):
+    with pytest.raises(SettingError, match=words):
+        run(resnet_problem, FineTune(reset=True, **settings))
 
 
 def test_scrub_learning_rate_falls_after_the_decay_epochs(digits):

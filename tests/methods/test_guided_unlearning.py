@@ -17,10 +17,11 @@ from expunge.core.pruned import keep_only
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.view import View
-from expunge.methods.general.guided_unlearning import GuidedUnlearning, last_groups, renew
+from expunge.methods.general.guided_unlearning import GuidedUnlearning, last_groups
 from expunge.problems.classification import Classification
 from expunge.train.groups import layer_groups
 from expunge.train.masks import only
+from expunge.train.reset import renew
 from expunge.workloads.nets import SmallResNet, digits_mlp
 
 THREES = Request(label=(3,))

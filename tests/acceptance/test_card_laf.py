@@ -47,8 +47,7 @@ class CNN(nn.Module):
 
 def recipe_for(train: xp.Data) -> xp.ClassifierRecipe:
     return xp.ClassifierRecipe(
-        CNN, train, epochs=10, lr=1e-3, batch_size=32, weight_decay=0.0, step="adam",
-        schedule="constant",
+        CNN, train, epochs=10, lr=1e-3, batch_size=32, weight_decay=0.0, step="adam"
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from expunge.audits import ASKED_FOR, SUITES, registry
 from expunge.audits.accuracy import Accuracy
 from expunge.audits.cost import CostAudit
+from expunge.audits.memorisation import Memorisation
 from expunge.audits.regression_error import RegressionError
 from expunge.audits.run import audit_list, run_audits
 from expunge.core.audit import Subject
@@ -38,7 +39,7 @@ def test_settings_make_an_audit_again(name):
 
 def test_names_suites_and_instances():
     assert [a.name for a in audit_list("standard")] == [n for n in registry if n not in ASKED_FOR]
-    assert audit_list("quick") == [Accuracy(), RegressionError(), CostAudit()]
+    assert audit_list("quick") == [Accuracy(), RegressionError(), Memorisation(), CostAudit()]
     assert audit_list("accuracy") == [Accuracy()]
     mine = Accuracy()
     assert audit_list(["cost", mine])[1] is mine
@@ -87,7 +88,7 @@ def test_progress_is_reported(plain):
 
     reporter = Counting()
     run_audits(plain, [], "quick", Runtime(reporter=reporter))
-    assert (reporter.done, reporter.total) == (3, 3)
+    assert (reporter.done, reporter.total) == (4, 4)
 
 
 def test_predictions_of_the_original_are_shared(tables):

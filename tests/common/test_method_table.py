@@ -51,12 +51,21 @@ NOT_APPLICABLE = {
         for check in ("reads_only_what_it_declares", "needs_what_it_declares")
     ),
     *(("dm-direct", c) for c in ("frozen_stays_frozen", "resumes_to_the_same_bits")),
+    *(("eco", c) for c in ("frozen_stays_frozen", "resumes_to_the_same_bits")),
+    # the last layer does not act on the states of a block
+    ("rmu", "frozen_stays_frozen"),
     *((name, "reads_only_what_it_declares") for name in ("influence", "iau")),
     *(
         (name, "reads_only_what_it_declares")
         for name in ("gaussian-amnesiac", "neggrad-plus", "salun", "ssd")
     ),
     *((name, "reads_only_what_it_declares") for name in ("amnesiac", "guided-unlearning", "unsir")),
+    # texts are their own labels
+    *(
+        (name, "reads_only_what_it_declares")
+        for name in registry
+        if registry.get(name).domain == "causal-lm"
+    ),
 }
 
 

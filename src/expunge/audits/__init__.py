@@ -21,6 +21,10 @@ registry = Registry(
         "wasserstein": "expunge.audits.wasserstein:Wasserstein",
         "residual-membership": "expunge.audits.residual_membership:ResidualMembership",
         "relearn-time": "expunge.audits.relearn_time:RelearnTime",
+        "memorisation": "expunge.audits.memorisation:Memorisation",
+        "rouge": "expunge.audits.rouge:Rouge",
+        "truth-ratio": "expunge.audits.truth_ratio:TruthRatio",
+        "text-membership": "expunge.audits.text_membership:TextMembership",
     },
     group="expunge.audits",
 )
@@ -29,7 +33,7 @@ ASKED_FOR = ("relearn-time",)
 """Audits that train the model anew and so run only when they are named."""
 SUITES = {
     "standard": tuple(name for name in registry if name not in ASKED_FOR),
-    "quick": ("accuracy", "regression-error", "cost"),
+    "quick": ("accuracy", "regression-error", "memorisation", "cost"),
 }
 """Named groups of audits; what is for another kind of problem is left out."""
 

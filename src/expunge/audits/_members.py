@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expunge.audits._intervals import Z95
+from expunge.audits._intervals import Z95, auc, auc_interval, two_sided
 from expunge.audits._splits import FEWEST
-from expunge.core.audit import Subject
+from expunge.core.audit import Finding, Subject, against
 from expunge.core.runtime import Runtime
 
 Places = dict[str, Tensor]
@@ -78,6 +78,64 @@ def nonmembers(
 
 def _plural(word: str) -> str:
     return word + ("es" if word.endswith("s") else "s")
+
+
+def sides(
+    score: Callable[[Subject, str], np.ndarray], subject: Subject, places: Places
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the forget samples [n] and of the non-members [m]."""
+    out = [score(subject, split)[at.numpy()] for split, at in places.items()]
+    return score(subject, "forget-train"), np.concatenate(out)
+
+
+def auc_finding(
+    name: str,
+    score: Callable[[Subject, str], np.ndarray],
+    subject: Subject,
+    references: Sequence[Subject],
+    places: Places,
+    how: str,
+) -> Finding:
+    """A threshold attack: two-sided AUC of forget samples against non-members, for every model.
+
+    Args:
+        name: of the finding.
+        score: values [n] of a subject's split; higher looks more like a member.
+        subject: the model under audit.
+        references: retrained models.
+        places: who stands for non-members.
+        how: in words.
+
+    Returns:
+        The finding; the unfolded AUCs, 1 = the forget samples look like members, are in its detail.
+    """
+    forget, out = sides(score, subject, places)
+    raw, (low, high) = auc(forget, out), auc_interval(forget, out)
+    value, folded_low, folded_high = two_sided(raw, low, high)
+    theirs = [auc(*sides(score, r, places)) for r in references]
+    before = auc(*sides(score, subject.original(), places))
+    kept = score(subject.whole, "retain-train")
+    groups = {"forget": forget, "nonmember": out} | ({"retain": kept} if len(kept) else {})
+    return Finding(
+        name,
+        value,
+        low=folded_low,
+        high=folded_high,
+        original=max(before, 1 - before),
+        detail={
+            "auc": raw,
+            "auc_low": low,
+            "auc_high": high,
+            "reference_auc": float(np.mean(theirs)) if theirs else None,
+            "reference_auc_spread": float(np.ptp(theirs)) if len(theirs) > 1 else None,
+            "original_auc": before,
+            "threshold": best_threshold(forget, out),
+            "histogram": histograms(groups),
+            "nonmembers": how,
+        },
+        per_sample={"score": forget},
+        **against([max(a, 1 - a) for a in theirs]),
+    )
 
 
 def best_threshold(forget: np.ndarray, out: np.ndarray) -> float:

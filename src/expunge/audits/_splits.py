@@ -9,6 +9,8 @@ from torch import Tensor
 
 from expunge.core.audit import Subject
 
+SPLITS = ("forget-train", "retain-train", "forget-test", "retain-test")
+"""What audits measure on, in the order of their findings."""
 NO_REFERENCE = "no retrained reference to compare with"
 NO_TEST = "there is no test data"
 FEWEST = 10
@@ -31,12 +33,14 @@ def missing(subject: Subject, split: str, *, labels: bool = True) -> str | None:
     if not len(subject.splits[split]):
         if split != "forget-test":
             return "no sample is left on this side"
+        if subject.problem.kind == "causal-lm":
+            return "no test sample belongs to the request"
         regression = subject.problem.kind == "regression"
         what = "range of targets" if regression else "whole class"
         if not subject.request.about_labels:
             return f"no {what} was forgotten, so no test sample belongs to the request"
         return f"the test data has no sample of the forgotten {what.removeprefix('whole ')}"
-    if labels and subject.data_of(split).labels is None:
+    if labels and not subject.data_of(split).labelled:
         return f"the {'test' if split.endswith('test') else 'training'} data has no labels"
     return None
 

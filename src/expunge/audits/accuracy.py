@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from expunge.audits._intervals import wilson
-from expunge.audits._splits import unusable
+from expunge.audits._splits import SPLITS, unusable
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.needs import Card, Needs
 from expunge.core.runtime import Runtime
-
-SPLITS = ("forget-train", "retain-train", "forget-test", "retain-test")
 
 
 @dataclass(frozen=True)

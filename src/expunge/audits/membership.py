@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expunge.audits._intervals import auc, auc_interval, two_sided, wilson
+from expunge.audits._intervals import two_sided, wilson
 from expunge.audits._members import (
     Places,
     attack_accuracy,
-    best_threshold,
+    auc_finding,
     efficacy,
-    histograms,
     nonmembers,
+    sides,
 )
 from expunge.audits._scores import SCORES
 from expunge.audits._splits import FEWEST, unusable
@@ -93,7 +94,9 @@ class Membership(Audit):
             if places is None or alone:
                 findings.append(_none(f"auc-{score}", how if places is None else alone))
             else:
-                findings.append(_threshold(score, subject, references, places, how))
+                name = f"membership/auc-{score}"
+                values = partial(_score, score)
+                findings.append(auc_finding(name, values, subject, references, places, how))
         for attacker in self.attackers:
             if why:
                 findings.append(_none(f"efficacy-{attacker}", why))
@@ -151,49 +154,11 @@ def _score(score: str, subject: Subject, split: str, places: Tensor | None = Non
     return found if places is None else found[places.numpy()]
 
 
-def _sides(score: str, subject: Subject, places: Places) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the forget samples and of the non-members."""
-    out = [_score(score, subject, split, at) for split, at in places.items()]
-    return _score(score, subject, "forget-train"), np.concatenate(out)
-
-
-def _threshold(
-    score: str, subject: Subject, references: Sequence[Subject], places: Places, how: str
-) -> Finding:
-    forget, out = _sides(score, subject, places)
-    raw, (low, high) = auc(forget, out), auc_interval(forget, out)
-    value, folded_low, folded_high = two_sided(raw, low, high)
-    theirs = [auc(*_sides(score, r, places)) for r in references]
-    before = auc(*_sides(score, subject.original(), places))
-    kept = _score(score, subject.whole, "retain-train")
-    groups = {"forget": forget, "retain": kept, "nonmember": out}
-    return Finding(
-        f"membership/auc-{score}",
-        value,
-        low=folded_low,
-        high=folded_high,
-        original=max(before, 1 - before),
-        detail={
-            "auc": raw,
-            "auc_low": low,
-            "auc_high": high,
-            "reference_auc": float(np.mean(theirs)) if theirs else None,
-            "reference_auc_spread": float(np.ptp(theirs)) if len(theirs) > 1 else None,
-            "original_auc": before,
-            "threshold": best_threshold(forget, out),
-            "histogram": histograms(groups),
-            "nonmembers": how,
-        },
-        per_sample={"score": forget},
-        **against([max(a, 1 - a) for a in theirs]),
-    )
-
-
 def _attack(
     subject: Subject, references: Sequence[Subject], places: Places, how: str, runtime: Runtime
 ) -> Finding:
     def attack(s: Subject) -> tuple[float, float, float]:
-        forget, out = _sides("loss", s, places)
+        forget, out = sides(partial(_score, "loss"), s, places)
         return attack_accuracy(-forget, -out, runtime.generator("membership", "attack-accuracy"))
 
     raw = attack(subject)

@@ -9,12 +9,10 @@ from typing import ClassVar
 import numpy as np
 
 from expunge.audits._intervals import mean_interval
-from expunge.audits._splits import unusable
+from expunge.audits._splits import SPLITS, unusable
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.needs import Card, Needs
 from expunge.core.runtime import Runtime
-
-SPLITS = ("forget-train", "retain-train", "forget-test", "retain-test")
 
 
 @dataclass(frozen=True)

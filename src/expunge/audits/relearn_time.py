@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from expunge.audits.weight_distance import plain
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.data import Batch
 from expunge.core.needs import Card, Deviation, Needs
@@ -21,6 +22,9 @@ from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import Source
 from expunge.train.fit import Pass, fit
+
+HELD = 256
+"""Samples whose error is taken at a time."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class RelearnTime(Audit):
         names = [f"{self.name}/updates", f"{self.name}/ain"]
         splits = subject.splits
         split = "forget-test" if len(splits.get("forget-test", ())) else "forget-train"
-        if subject.data_of(split).labels is None or subject.problem.train.labels is None:
+        if not (subject.data_of(split).labelled and subject.problem.train.labelled):
             why = "the data has no labels to relearn"
             return [Finding(name, None, reason=why) for name in names]
         counts = [
@@ -149,7 +153,8 @@ class RelearnTime(Audit):
         self, subject: Subject, good: Callable[[nn.Module], bool], runtime: Runtime, order: int
     ) -> int | str:
         problem = subject.problem
-        model = copy.deepcopy(subject.model).requires_grad_(True)
+        # the same weights relearn, whether a method moved them or put adapters beside them
+        model = plain(copy.deepcopy(subject.model)).requires_grad_(True)
         if good(model):
             return 1
         inner = replace(
@@ -191,7 +196,8 @@ class _Reached(Exception):
 def _good_enough(subject: Subject, split: str, alpha: float) -> Callable[[nn.Module], bool]:
     """Whether a model is within α of the original on a split."""
     problem, device = subject.problem, subject.runtime.device
-    batch = subject.data_of(split).fetch(subject.splits[split]).to(device)
+    data, ids = subject.data_of(split), subject.splits[split]
+    batches = [batch.to(device) for batch in data.batches(HELD, ids)]
     original = subject.original().model
 
     def error(model: nn.Module) -> float:
@@ -199,7 +205,8 @@ def _good_enough(subject: Subject, split: str, alpha: float) -> Callable[[nn.Mod
         inner = [(m, m.training) for m in model.modules()]
         model.eval()
         with torch.no_grad():
-            found = _error(problem, model, batch)
+            each = torch.cat([_errors(problem, model, batch) for batch in batches])
+            found = float(each.mean())
         for module, was in inner:
             module.training = was
         model.training = training
@@ -211,9 +218,9 @@ def _good_enough(subject: Subject, split: str, alpha: float) -> Callable[[nn.Mod
     return lambda model: error(model) <= allowed
 
 
-def _error(problem: Problem, model: nn.Module, batch: Batch) -> float:
-    """The task loss, or for classifiers the negative accuracy."""
+def _errors(problem: Problem, model: nn.Module, batch: Batch) -> Tensor:
+    """The task loss of each sample [B], or for classifiers −1 where it is right."""
     if problem.kind == "classification":
         right = problem.capability("logits")(model, batch).argmax(1) == batch.y
-        return -float(right.float().mean())
-    return float(problem.each_loss(model, batch).float().mean())
+        return -right.float()
+    return problem.each_loss(model, batch).float()

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expunge.audits._intervals import auc, auc_interval, two_sided, wilson
-from expunge.audits._members import Places, best_threshold, efficacy, histograms, nonmembers
+from expunge.audits._intervals import wilson
+from expunge.audits._members import Places, auc_finding, efficacy, nonmembers
 from expunge.audits._splits import FEWEST, unusable
 from expunge.audits.regression_error import residuals
 from expunge.core.audit import Audit, Finding, Subject, against
@@ -107,37 +107,10 @@ class ResidualMembership(Audit):
     def _auc(
         self, subject: Subject, references: Sequence[Subject], places: Places, how: str
     ) -> Finding:
-        def sides(s: Subject) -> tuple[np.ndarray, np.ndarray]:
-            out = [-np.abs(residuals(s, split)[at.numpy()]) for split, at in places.items()]
-            return -np.abs(residuals(s, "forget-train")), np.concatenate(out)
+        def score(s: Subject, split: str) -> np.ndarray:
+            return -np.abs(residuals(s, split))
 
-        forget, out = sides(subject)
-        raw, (low, high) = auc(forget, out), auc_interval(forget, out)
-        value, folded_low, folded_high = two_sided(raw, low, high)
-        theirs = [auc(*sides(r)) for r in references]
-        before = auc(*sides(subject.original()))
-        kept = -np.abs(residuals(subject.whole, "retain-train"))
-        groups = {"forget": forget, "nonmember": out} | ({"retain": kept} if len(kept) else {})
-        return Finding(
-            f"{self.name}/auc",
-            value,
-            low=folded_low,
-            high=folded_high,
-            original=max(before, 1 - before),
-            detail={
-                "auc": raw,
-                "auc_low": low,
-                "auc_high": high,
-                "reference_auc": float(np.mean(theirs)) if theirs else None,
-                "reference_auc_spread": float(np.ptp(theirs)) if len(theirs) > 1 else None,
-                "original_auc": before,
-                "threshold": best_threshold(forget, out),
-                "histogram": histograms(groups),
-                "nonmembers": how,
-            },
-            per_sample={"score": forget},
-            **against([max(a, 1 - a) for a in theirs]),
-        )
+        return auc_finding(f"{self.name}/auc", score, subject, references, places, how)
 
     def _svc(self, subject: Subject, references: Sequence[Subject], runtime: Runtime) -> Finding:
         # attackers are those of the whole, also when a stratum is looked at

@@ -16,6 +16,7 @@ from expunge.audits._splits import NO_REFERENCE
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.needs import Card, Needs
 from expunge.core.runtime import Runtime
+from expunge.train.adapters import has_adapters, merged
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class WeightDistance(Audit):
 
     `original` measures how far a method moved, beside how far retraining lands; `reference` the
     distance to retrained weights, beside their distance to each other. Two trainings of one recipe
-    are far apart, so neither says what was forgotten: they say how much was changed.
+    are far apart, so neither says what was forgotten: they say how much was changed. Adapters count
+    as what they add to the weights.
     """
 
     name: ClassVar[str] = "weight-distance"
@@ -46,8 +48,8 @@ class WeightDistance(Audit):
         self, subject: Subject, references: Sequence[Subject], runtime: Runtime
     ) -> list[Finding]:
         """Two findings."""
-        original = subject.original().model
-        if shapes(subject.model) != shapes(original):
+        original, mine = subject.original().model, plain(subject.model)
+        if shapes(mine) != shapes(original):
             why = "the model has other parameters than the original"
             return [
                 Finding("weight-distance/original", None, reason=why),
@@ -55,9 +57,9 @@ class WeightDistance(Audit):
             ]
         moved = Finding(
             "weight-distance/original",
-            distance(subject.model, original),
+            distance(mine, original),
             original=0.0,
-            detail={"per_tensor": per_tensor(subject.model, original)},
+            detail={"per_tensor": per_tensor(mine, original)},
             **against([distance(r.model, original) for r in references]),
         )
         if not references:
@@ -66,7 +68,7 @@ class WeightDistance(Audit):
         among = [distance(a.model, b.model) for a, b in itertools.permutations(references, 2)]
         apart = Finding(
             "weight-distance/reference",
-            float(np.mean([distance(subject.model, r.model) for r in references])),
+            float(np.mean([distance(mine, r.model) for r in references])),
             "down",
             reference=float(np.mean(among)) if among else None,
             floor=float(np.max(among)) if among else None,
@@ -74,6 +76,11 @@ class WeightDistance(Audit):
             reason=None if among else "one reference: the distance among references is unknown",
         )
         return [moved, apart]
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model with the names and shapes of the original's parameters, if it has adapters on."""
+    return merged(model) if has_adapters(model) else model
 
 
 def shapes(model: nn.Module) -> list[tuple[str, torch.Size]]:

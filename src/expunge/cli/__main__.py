@@ -8,7 +8,19 @@ import traceback
 
 import typer
 
-from expunge.cli import audits, demo, methods, report, runs, suggest, suite, tune, work, workloads
+from expunge.cli import (
+    audits,
+    demo,
+    methods,
+    push,
+    report,
+    runs,
+    suggest,
+    suite,
+    tune,
+    work,
+    workloads,
+)
 
 app = typer.Typer(
     help="Remove the influence of chosen data from trained models, and show how far it got.",
@@ -24,6 +36,7 @@ app.command("suggest")(suggest.suggest)
 app.command("tune")(tune.tune)
 app.command("reproduce")(work.reproduce)
 app.command("report")(report.report)
+app.command("push")(push.push)
 app.add_typer(methods.app, name="methods")
 app.add_typer(audits.app, name="audits")
 app.add_typer(workloads.app, name="workloads")

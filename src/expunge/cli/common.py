@@ -133,9 +133,12 @@ def request_from(
         )
     if forget is not None:
         from expunge.problems.forget_file import read_forget_file
-        from expunge.problems.models_on_disk import class_names, model_config, model_folder
 
-        classes = class_names(model_config(model_folder(model))) if model else []
+        classes = []
+        if model is not None:
+            from expunge.problems.models_on_disk import class_names, model_config, model_folder
+
+            classes = class_names(model_config(model_folder(model)))
         return read_forget_file(forget, classes)
     if ids is not None:
         return make(ids=tuple(i.strip() for i in ids.split(",") if i.strip()))

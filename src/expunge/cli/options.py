@@ -48,12 +48,18 @@ class Inputs:
     ] = None
     model: Annotated[
         str | None,
-        typer.Option("--model", help="A transformers image classifier: folder or hub name."),
+        typer.Option(
+            "--model",
+            help="A transformers image classifier or causal language model: folder or hub name; for "
+            "the latter also a GGUF file, or smollm2.",
+        ),
     ] = None
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Training data: image folder, .npz with X and y, or datasets folder."
+            "--data",
+            help="Training data: image folder, .npz with X and y, or datasets folder; .jsonl of "
+            "records for a language model.",
         ),
     ] = None
     test: Annotated[
@@ -62,8 +68,14 @@ class Inputs:
     forget: Annotated[
         str | None,
         typer.Option(
-            "--forget", help="What to forget: a .csv, .txt or .jsonl of ids, names or labels."
+            "--forget",
+            help="What to forget: a .csv, .txt or .jsonl of ids, names or labels; .jsonl of records "
+            "for a language model.",
         ),
+    ] = None
+    retain: Annotated[
+        str | None,
+        typer.Option("--retain", help="A language model's other training records, .jsonl."),
     ] = None
     label: Annotated[
         list[int] | None, typer.Option("--label", help="Forget a class; repeatable.")
@@ -84,6 +96,22 @@ class Inputs:
             "--prune", help="Prune the model first, for any method: omp|imp|synflow:RATE."
         ),
     ] = None
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="A language model's weights: float32, bfloat16, float16 or auto."
+        ),
+    ] = "float32"
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", help="Most tokens of a language model's sample.", min=2),
+    ] = None
+    long: Annotated[
+        str, typer.Option("--long", help="Longer samples: error, cut, or split (texts only).")
+    ] = "error"
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put questions into the model's chat template.")
+    ] = False
     recipe: RecipePath = None
     device: Device = "cpu"
     threads: Threads = None
@@ -119,12 +147,16 @@ class Inputs:
             RequestError: none or several of the options were given.
             UserError: there is no such workload.
         """
+        from expunge.problems.records_on_disk import holds_records, request_for
         from expunge.workloads import registry
 
+        others = (self.workload, self.label, self.ids, self.where, self.fraction)
+        if holds_records(self.forget) and all(o in (None, []) for o in others):
+            return request_for(str(self.forget), self.retain)
         usual = None if self.workload is None else registry.get(self.workload).request
         return request_from(
             self.forget, self.label, self.ids, self.where, self.fraction,
-            seed=seed, default=usual, model=self.model,
+            seed=seed, default=usual, model=None if self.is_text() else self.model,
         )  # fmt: skip
 
     def problem(self, bench: Bench) -> Problem:
@@ -137,6 +169,17 @@ class Inputs:
         problem = self._dense(bench)
         return problem if self.prune is None else bench.pruned(problem, self.prune)
 
+    def is_text(self) -> bool:
+        """Whether this is about a language model: the model is one, or the data are records."""
+        from expunge.problems.lm_on_disk import is_language_model
+        from expunge.problems.records_on_disk import holds_records
+
+        return (
+            self.retain is not None
+            or any(map(holds_records, (self.forget, self.data)))
+            or is_language_model(self.model)
+        )
+
     def _dense(self, bench: Bench) -> Problem:
         from expunge.core.errors import UserError
 
@@ -144,6 +187,8 @@ class Inputs:
             raise UserError("name either --workload, or --model with --data")
         if self.workload is not None:
             return bench.workload(self.workload)
+        if self.is_text():
+            return self._language_model(bench)
         if self.data is None:
             raise UserError(
                 "--model needs --data: the training data, as an image folder, .npz or datasets folder"
@@ -152,6 +197,19 @@ class Inputs:
 
         recipe = imported(self.recipe) if self.recipe else None
         return problem_from_disk(str(self.model), self.data, test=self.test, recipe=recipe)
+
+    def _language_model(self, bench: Bench) -> Problem:
+        from expunge.problems.records_on_disk import holds_records, lm_from_disk
+
+        # what to forget is a list of ids where all records are in one file
+        records = self.data is None or holds_records(self.forget)
+        recipe = imported(self.recipe) if self.recipe else None
+        with bench.runtime.task("read model and data"):
+            return lm_from_disk(
+                str(self.model), forget=self.forget if records else None, retain=self.retain,
+                data=self.data, test=self.test, recipe=recipe, dtype=self.dtype,
+                max_length=self.max_length, long=self.long, chat=self.chat,
+            )  # fmt: skip
 
 
 def with_inputs(command: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
     from expunge.core.outcome import Outcome
 
 MethodName = Annotated[str, typer.Option("--method", help="Method; see expunge methods list.")]
+Train = Annotated[
+    str | None,
+    typer.Option(
+        "--train", help="Weights that train: full, last(K), role(NAME), lora(R), …; --set train=…."
+    ),
+]
 OutFolder = Annotated[str | None, typer.Option("--out", help="Folder for the result.")]
 References = Annotated[int, typer.Option("--references", help="Retrained models.", min=0)]
 Audits = Annotated[str, typer.Option("--audits", help="standard, quick, or names with commas.")]
@@ -44,17 +51,21 @@ StrataOption = Annotated[
 def unlearn(
     method: MethodName,
     settings: Settings = None,
+    train: Train = None,
     out: OutFolder = None,
     seed: Seed = 0,
     *,
     inputs: Inputs,
 ) -> None:
-    """Make a model forget; with --out, write the model that forgot."""
+    """Make a model forget; with --out, write the model that forgot.
+
+    Of a language model, a few greedy answers before and after are shown.
+    """
     from expunge.methods import registry
     from expunge.problems.models_on_disk import check_out_folder
     from expunge.suite.compare import make_method
 
-    passed = settings_from(settings)
+    passed = _with_train(settings_from(settings), train)
     registry.get(method).create(passed)  # complain before anything is loaded
     if out is not None:
         check_out_folder(out)  # before any work
@@ -62,10 +73,14 @@ def unlearn(
         request = inputs.request(seed)
         problem = inputs.problem(bench)
         chosen, _ = make_method({"name": method, **passed}, problem)
-        outcome, run = bench.unlearn(problem, request, chosen, seed, passed)
+        speaks = getattr(problem, "tokenizer", None) is not None
+        look = functools.partial(_answers, device=inputs.device) if speaks else None
+        outcome, run = bench.unlearn(problem, request, chosen, seed, passed, look)
+        if look is not None and "answers" not in outcome.details:  # stored by another command
+            outcome.details |= look(outcome)
     if not is_main():
         return
-    folder = _write(outcome, run, out, inputs.model)
+    folder = _write(outcome, run, out, inputs)
     shown = {
         "run": run,
         "out": folder,
@@ -78,6 +93,10 @@ def unlearn(
     if inputs.as_json:
         print_json(shown)
         return
+    for answer in outcome.details.get("answers", ()):
+        for name in ("question", "before", "after"):
+            label = answer["part"] if name == "question" else f"  {name}"
+            typer.echo(f"{label:10} {_line(answer[name], end=name == 'question')}")
     cost = outcome.cost
     typer.echo(
         f"run {run}: {chosen.name} on {outcome.record['forgotten']} samples in {cost.seconds:.1f} s"
@@ -206,11 +225,46 @@ def _audits(names: str) -> str | list[str]:
     return names if names in SUITES else [n.strip() for n in names.split(",") if n.strip()]
 
 
-def _write(outcome: Outcome, run: str, out: str | None, model: str | None) -> str | None:
+LORA_RANK = 8
+"""Rank of `--train lora` without a number."""
+
+
+def _with_train(passed: dict[str, str], train: str | None) -> dict[str, str]:
+    from expunge.core.errors import SettingError
+
+    if train is None:
+        return passed
+    if "train" in passed:
+        raise SettingError("train was given twice, as --train and as --set train=")
+    return passed | {"train": f"lora({LORA_RANK})" if train.strip() == "lora" else train}
+
+
+def _answers(outcome: Outcome, device: str) -> dict[str, Any]:
+    from expunge.problems.before_after import answers
+
+    return {"answers": answers(outcome, device)}
+
+
+def _line(text: str, *, end: bool, width: int = 100) -> str:
+    words = " ".join(text.split())
+    if len(words) <= width:
+        return words
+    # before a question there may be a long template
+    return "…" + words[1 - width :] if end else words[: width - 1] + "…"
+
+
+def _write(outcome: Outcome, run: str, out: str | None, inputs: Inputs) -> str | None:
     if out is None:
         return None
+    model = inputs.model
     if model is None:
         return str(outcome.save(out))
+    tokenizer = getattr(outcome.problem, "tokenizer", None)
+    if tokenizer is not None:
+        from expunge.problems.lm_on_disk import base_name, save_lm
+
+        save_lm(outcome, out, tokenizer, base_name(model, inputs.dtype), run=run)
+        return out
     from expunge.problems.models_on_disk import save_image_classifier
 
     save_image_classifier(outcome.runnable(), out, model, {**outcome.record, "run": run})

@@ -192,6 +192,11 @@ class Data:
             self._labels_known = True
         return self._labels
 
+    @property
+    def labelled(self) -> bool:
+        """Whether a loss can be taken: there are labels, or a sample brings its own."""
+        return self.labels is not None
+
     def labels_of(self, ids: Tensor) -> Tensor:
         """Labels of the samples `ids`, in that order.
 

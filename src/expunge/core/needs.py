@@ -63,7 +63,7 @@ class Needs:
         Raises:
             NeedsError: names the first thing that is missing and how to give it.
         """
-        if self.labels != "none" and problem.train.labels is None:
+        if self.labels != "none" and not problem.train.labelled:
             raise NeedsError(
                 f"{name} needs labels and the training data has none; pass y, or use a label-free method"
             )

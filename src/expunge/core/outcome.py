@@ -146,11 +146,29 @@ class Wrapper(Change):
         return getattr(importlib.import_module(module), name)(model, **values)
 
 
-WRAPPERS = {"shifted-logits": "expunge.methods.general.dm_direct:ShiftedLogits"}
+@dataclass(frozen=True)
+class Adapter(Change):
+    """Low-rank adapters on some layers of the model, whose own weights keep every bit.
+
+    Beside the adapters' tensors it holds their configuration, as the bytes of a JSON text.
+    """
+
+    kind: ClassVar[str] = "adapter"
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Put the adapters on `model` in place and return it."""
+        return importlib.import_module("expunge.train.adapters").put_on(model, self.tensors)
+
+
+WRAPPERS = {
+    "shifted-logits": "expunge.methods.general.dm_direct:ShiftedLogits",
+    "lowered-logits": "expunge.methods.text.whp:LoweredLogits",
+    "corrupted-prompts": "expunge.train.corrupted_prompts:CorruptedPrompts",
+}
 """Modules that a `Wrapper` can put around a model: `module:class`, called with model and tensors."""
 
 
-CHANGES: dict[str, type[Change]] = {c.kind: c for c in (Weights, Delta, Wrapper)}
+CHANGES: dict[str, type[Change]] = {c.kind: c for c in (Weights, Delta, Wrapper, Adapter)}
 
 
 @dataclass
@@ -285,6 +303,7 @@ REBUILDERS = {
     "workload": "expunge.workloads.base:original_of",
     "pruned": "expunge.workloads.base:pruned_original_of",
     "disk": "expunge.problems.models_on_disk:original_of",
+    "causal-lm": "expunge.problems.lm_on_disk:original_of",
 }
 """How to get an original model back from a record's `source`, by its `kind`: `module:function`."""
 

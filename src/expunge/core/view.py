@@ -134,9 +134,19 @@ class View:
             raise AccessError("this problem has no validation data")
         return self._side(self._problem.valid, self._problem.valid.ids, "validation")
 
-    def model(self) -> nn.Module:
-        """Return a fresh copy of the original model to edit."""
-        return copy.deepcopy(self._problem.model).to(self._runtime.device)
+    def model(self, shared: bool = False) -> nn.Module:
+        """Return a fresh copy of the original model to edit.
+
+        Args:
+            shared: let the copy share the original's numbers, for a method that only adds to it.
+        """
+        original, memo = self._problem.model, {}
+        if shared:
+            memo = {
+                id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+                for p in original.parameters()
+            }
+        return copy.deepcopy(original, memo).to(self._runtime.device)
 
     def original(self) -> nn.Module:
         """Return a frozen copy of the original in eval mode, e.g. as a teacher."""

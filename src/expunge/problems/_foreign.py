@@ -32,8 +32,8 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def need(package: str) -> Any:
-    """Import a package of the `vision` extra.
+def need(package: str, extra: str = "vision") -> Any:
+    """Import a package of an extra.
 
     Raises:
         UserError: it is not installed.
@@ -44,7 +44,7 @@ def need(package: str) -> Any:
         with quiet():
             return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"{package} is not installed; pip install expunge[vision]") from error
+        raise UserError(f"{package} is not installed; pip install expunge[{extra}]") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""A user's transformers image classifier: read from a folder or the hub, write back.
+"""A user's transformers model: read from a folder or the hub, write back; image classifiers.
 
 Only safetensors are read, nothing is unpickled, and no code that comes with a model is run.
 """
@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ RECORD = "expunge-record.json"
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HUB_FILES = ["config.json", *PREPROCESSORS, _WEIGHTS, "model-*.safetensors", _INDEX]
+_HUB_FILES = ("config.json", *PREPROCESSORS, _WEIGHTS, "model-*.safetensors", _INDEX)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CONVERT = (
     "expunge reads safetensors only; convert with model.save_pretrained(folder) in transformers"
 )
@@ -51,35 +51,58 @@ def load_image_classifier(folder_or_hub_name: str) -> nn.Module:
         ModelError: there is no such model, or its files are missing, damaged, pickled, or do not
             hold every weight of an image classifier.
     """
-    folder = model_folder(folder_or_hub_name)
+    model = read_model(
+        model_folder(folder_or_hub_name),
+        "AutoModelForImageClassification",
+        "image classifier",
+        attention="eager",
+    )
+    return model.float()
+
+
+def read_model(folder: Path, auto: str, what: str, *, attention: str | None = None) -> nn.Module:
+    """Read a model of transformers in the data type of its file.
+
+    Args:
+        folder: with `config.json` and safetensors.
+        auto: the class of transformers that chooses the architecture.
+        what: what such a model is called in errors.
+        attention: how attention is computed; by default as transformers chooses.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ModelError: its files are missing, damaged, pickled, or do not hold every weight.
+    """
     config = model_config(folder)
     _check_weights(folder)
     transformers = need("transformers")
     try:
         with quiet():
-            model, info = transformers.AutoModelForImageClassification.from_pretrained(
+            model, info = getattr(transformers, auto).from_pretrained(
                 str(folder),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, instead of a table on stderr
-                attn_implementation="eager",
+                **({} if attention is None else {"attn_implementation": attention}),
             )
     except Exception as error:  # whatever transformers meets in a foreign folder
         if "Unrecognized configuration class" in str(error):
             raise ModelError(
-                f"{folder} holds a {config['model_type']} model, which is no image classifier"
+                f"{folder} holds a {config['model_type']} model, which is no {what}"
             ) from error
+        article = "an" if what[0] in "aeiou" else "a"
         raise ModelError(
-            f"{folder} cannot be read as an image classifier: {first_line(error)}"
+            f"{folder} cannot be read as {article} {what}: {first_line(error)}"
         ) from error
-    _refuse_invented(folder, info)
-    model.float().eval()
+    _refuse_invented(folder, info, what)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"the weights of {folder} hold NaN or infinite values in {name}")
-    return model
+    return model.eval()
 
 
 def original_of(source: Mapping[str, Any]) -> nn.Module:
@@ -109,21 +132,43 @@ def save_image_classifier(
         UserError: the folder holds something, or the model is not a transformers model.
         ExpungeError: it cannot be written (read-only place, full disk).
     """
-    out = check_out_folder(out_folder)
+    check_out_folder(out_folder)
     save: Any = getattr(model, "save_pretrained", None)
     if save is None:
         raise ModelError(f"a {type(model).__name__} has no save_pretrained to write a folder with")
     copied = [] if source_folder is None else preprocessor_files(model_folder(str(source_folder)))
-    made = [p for p in reversed(out.parents) if not p.exists()]
-    part = out.parent / f".{out.name}-{uuid.uuid4().hex[:8]}.part"
-    try:
-        part.mkdir(parents=True)
+
+    def fill(part: Path) -> None:
         with quiet():
             save(str(part))
         for path in copied:
             shutil.copyfile(path, part / path.name)
         if record is not None:
             (part / RECORD).write_text(json.dumps(plain(record), indent=1) + "\n")
+
+    return write_folder(out_folder, fill)
+
+
+def write_folder(out_folder: str | Path, fill: Callable[[Path], None]) -> Path:
+    """Write a folder of which all appears at once or nothing does.
+
+    Args:
+        out_folder: does not exist yet or is empty.
+        fill: writes into the folder it is given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder holds something.
+        ExpungeError: it cannot be written (read-only place, full disk).
+    """
+    out = check_out_folder(out_folder)
+    made = [p for p in reversed(out.parents) if not p.exists()]
+    part = out.parent / f".{out.name}-{uuid.uuid4().hex[:8]}.part"
+    try:
+        part.mkdir(parents=True)
+        fill(part)
         part.replace(out)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -152,8 +197,15 @@ def check_out_folder(out_folder: str | Path) -> Path:
     return out
 
 
-def model_folder(folder_or_hub_name: str) -> Path:
+def model_folder(
+    folder_or_hub_name: str, *, files: Sequence[str] = _HUB_FILES, revision: str | None = None
+) -> Path:
     """Return the local folder of a model, fetching its safetensors and settings from the hub.
+
+    Args:
+        folder_or_hub_name: a folder, or a model's name on the Hugging Face hub.
+        files: patterns of the files to fetch.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         ModelError: it is neither a folder nor a model that the hub gives.
@@ -163,15 +215,21 @@ def model_folder(folder_or_hub_name: str) -> Path:
         return path
     if path.exists():
         raise ModelError(f"{path} is a file; give the folder that save_pretrained wrote")
-    if not _HUB_NAME.fullmatch(folder_or_hub_name):
+    if not HUB_NAME.fullmatch(folder_or_hub_name):
         raise ModelError(f"there is no model folder {folder_or_hub_name}")
     hub = need("huggingface_hub")
     try:
         with quiet():
-            return Path(hub.snapshot_download(folder_or_hub_name, allow_patterns=_HUB_FILES))
+            fetched = hub.snapshot_download(
+                folder_or_hub_name, allow_patterns=list(files), revision=revision
+            )
+            return Path(fetched)
     except Exception as error:  # the hub's client raises its own, httpx' and OS errors
-        missing = isinstance(error, hub.errors.RepositoryNotFoundError)
-        reason = "has no such model" if missing else "cannot be reached"
+        reason = "cannot be reached"
+        if isinstance(error, hub.errors.RepositoryNotFoundError):
+            reason = "has no such model"
+        elif isinstance(error, hub.errors.RevisionNotFoundError):
+            reason = f"has no revision {revision} of it"
         raise ModelError(
             f"there is no folder {folder_or_hub_name} here, and the Hugging Face hub {reason}"
         ) from error
@@ -235,13 +293,11 @@ def _check_weights(folder: Path) -> None:
             raise ModelError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _refuse_invented(folder: Path, info: Mapping[str, Any]) -> None:
+def _refuse_invented(folder: Path, info: Mapping[str, Any], what: str) -> None:
     """Refuse a checkpoint whose gaps transformers has filled with random numbers."""
     missing = sorted(info.get("missing_keys") or ())
     if missing:
-        raise ModelError(
-            f"the weights of {folder} lack {_named(missing)}; it is no trained image classifier"
-        )
+        raise ModelError(f"the weights of {folder} lack {_named(missing)}; it is no trained {what}")
     mismatched = sorted(
         k if isinstance(k, str) else k[0] for k in info.get("mismatched_keys") or ()
     )

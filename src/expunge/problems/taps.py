@@ -95,4 +95,6 @@ def penultimate(model: nn.Module, last: str, forward: Callable[[nn.Module], Any]
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by the names they have in the original; a wrapper says what it is around."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     return dict(getattr(model, "unwrapped", model).named_modules())

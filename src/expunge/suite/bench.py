@@ -175,8 +175,21 @@ class Bench:
         method: Method,
         seed: int,
         passed: Mapping[str, Any] | None = None,
+        look: Callable[[Outcome], Mapping[str, Any]] | None = None,
     ) -> tuple[Outcome, str]:
-        """Unlearn, or take the stored result of the same work; an interrupted run goes on."""
+        """Unlearn, or take the stored result of the same work; an interrupted run goes on.
+
+        Args:
+            problem: the model and its data.
+            request: what to forget.
+            method: how.
+            seed: of the run.
+            passed: settings the caller wrote, for the record.
+            look: gives further details of a new outcome for its record.
+
+        Returns:
+            The outcome and the id of its run.
+        """
         key = unlearn_key(problem, request, method, replace(self.runtime, seed=seed))
         found = self.store.find("unlearn", key)
         label = f"{problem.name}: {method.name} (seed {seed})"
@@ -187,6 +200,8 @@ class Bench:
         runtime = replace(self.runtime, seed=seed, checkpoint=checkpoint, cost=Cost())
         ready = self.prepared(problem, method)
         outcome = unlearn(problem, request, method, runtime=runtime, passed=passed, prepared=ready)
+        if look is not None:
+            outcome.details |= look(outcome)
         run = self.put_outcome(outcome, key)
         shutil.rmtree(checkpoint, ignore_errors=True)
         self._on_job(label, key, False, run)

@@ -30,6 +30,7 @@ from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime, Silent
 from expunge.problems.classification import Classification
+from expunge.train.token_losses import answered, targets
 from expunge.workloads import registry as workloads
 
 
@@ -47,9 +48,12 @@ class _NotApplicable(Exception):
 
 
 REQUEST = Request(label=(3,))
-REQUESTS = {"regression": Request(where="y > 2.321")}
+REQUESTS = {
+    "regression": Request(where="y > 2.321"),
+    "causal-lm": Request(where="entity < 2"),
+}
 """What is forgotten in the checks, by domain, where it is not the digit 3."""
-WORKLOADS = {"regression": "diabetes-range"}
+WORKLOADS = {"regression": "diabetes-range", "causal-lm": "tinyfacts-quick"}
 """What the checks run on, by domain, where it is not the digits."""
 
 
@@ -164,7 +168,9 @@ def frozen_stays_frozen(method: Method) -> None:
         raise _NotApplicable from error
     problem = problem_for(method.domain)
     original, last = problem.model.state_dict(), problem.role("last layer")[0]
-    for name, value in outcome.runnable().state_dict().items():
+    released = outcome.runnable()
+    inside = getattr(released, "unwrapped", released)  # a wrapper says what it is around
+    for name, value in inside.state_dict().items():
         if not name.startswith(last + "."):
             assert torch.equal(value, original[name]), f"frozen tensor {name} moved"
 
@@ -174,7 +180,8 @@ def reads_only_what_it_declares(method: Method) -> None:
     problem, needs = problem_for(method.domain), method.needs
     forget = request_for(method.domain).resolve(problem.train)
     labels = problem.train.labels
-    assert labels is not None
+    if labels is None:  # texts are their own labels
+        raise _NotApplicable
     garbled = labels.clone()
     on_forget = torch.isin(problem.train.ids, forget)
     generator = torch.Generator().manual_seed(1)
@@ -278,25 +285,34 @@ def counts_its_cost(method: Method) -> None:
 def moves_toward_the_reference(method: Method) -> None:
     """With tuned settings it is closer to the retrained model and keeps the rest."""
     problem, request = problem_for(method.domain), request_for(method.domain)
-    regression = problem.kind == "regression"
+    regression, texts = problem.kind == "regression", problem.kind == "causal-lm"
     tuned = type(method).create({**method.in_force(), **problem.tuned.get(method.name, {})})
     after = run(tuned).runnable()
-    # what answers known inputs only is asked about those
-    split = "forget-train" if getattr(method, "known_inputs_only", False) else "forget-test"
+    # what answers known inputs only is asked about those; facts are not held by other samples either
+    known = texts or getattr(method, "known_inputs_only", False)
+    split = "forget-train" if known else "forget-test"
 
     @torch.no_grad()
     def on_forgotten(model: torch.nn.Module) -> torch.Tensor:
-        """Predictions, or probabilities of the class to forget."""
+        """Predictions, or probabilities of the class to forget, or of a mean token of the texts."""
         data = problem.train if split == "forget-train" else problem.test
         assert data is not None
         batch = data.fetch(problem.split(request)[split])
         if regression:
             return problem.capability("predict")(model.eval(), batch)
+        if texts:
+            return (-problem.each_loss(model.eval(), batch)).exp()
         return problem.capability("logits")(model.eval(), batch).softmax(1)[:, 3]
 
     @torch.no_grad()
     def kept(model: torch.nn.Module) -> float:
-        """Accuracy on the rest, or the share of all targets' variance that is explained."""
+        """Accuracy on the rest (of tokens), or the share of all targets' variance explained."""
+        if texts:
+            batch = problem.train.fetch(problem.split(request)["retain-train"])
+            assert batch.y is not None
+            tokens, mask = targets(batch.y)
+            said = answered(problem.capability("token_logits")(model.eval(), batch), batch.y)
+            return float(said.argmax(1).eq(tokens[mask]).float().mean())
         assert problem.test is not None
         batch = problem.test.fetch(problem.split(request)["retain-test"])
         assert batch.y is not None

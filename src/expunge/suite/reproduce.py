@@ -155,9 +155,17 @@ def _from_disk(source: Mapping[str, Any], bench: Bench, recipe: Recipe | None) -
     return problem
 
 
+def _from_records(source: Mapping[str, Any], bench: Bench, recipe: Recipe | None) -> Problem:
+    from expunge.problems.records_on_disk import lm_from_disk
+
+    given = {name: value for name, value in source.items() if name not in ("kind", "model")}
+    return lm_from_disk(str(source["model"]), recipe=recipe, **given)
+
+
 SOURCES: dict[str, Callable[[Mapping[str, Any], Bench, Recipe | None], Problem]] = {
     "pruned": _from_pruned,
     "workload": _from_workload,
     "disk": _from_disk,
+    "causal-lm": _from_records,
 }
 """How to build a problem again, by the kind of its source."""

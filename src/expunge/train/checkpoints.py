@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from expunge.train.fit import Fit
 
 
+def movable(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of a model's state that training can change: all but frozen parameters."""
+    return {
+        name: value.detach()
+        for name, value in model.state_dict(keep_vars=True).items()
+        if not isinstance(value, nn.Parameter) or value.requires_grad
+    }
+
+
 class Checkpoints:
     """Writes the state of a training every so often and brings it back to the same bits."""
 
@@ -74,11 +83,12 @@ class Checkpoints:
             return 0, 0
         state = torch.load(self._path, weights_only=True, map_location=self._runtime.device)
         self._require(state["identity"] == self._identity)
-        self._model.load_state_dict(state["model"])
+        self._model.load_state_dict(state["model"], strict=False)
         self._optimizer.load_state_dict(state["optimizer"])
         self._result.curve = state["curve"]
         self._result.steps = state["steps"]
         self._result.snapshots = state["snapshots"]
+        self._result.average.update(state.get("average", {}))
         self.sound = state["sound"]
         self._start -= state["seconds"]
         self._worked -= state["processor"]
@@ -130,12 +140,13 @@ class Checkpoints:
             {
                 "identity": self._identity,
                 "seen": self._seen.hexdigest(),
-                "model": self._model.state_dict(),
+                "model": movable(self._model),
                 "sound": self.sound,
                 "optimizer": self._optimizer.state_dict(),
                 "curve": self._result.curve,
                 "steps": self._result.steps,
                 "snapshots": self._result.snapshots,
+                "average": self._result.average,
                 "random": torch.get_rng_state(),
                 "random_device": torch.cuda.get_rng_state(device) if "cuda" in device else None,
                 "seconds": self.elapsed(),

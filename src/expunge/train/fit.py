@@ -20,10 +20,12 @@ from expunge.core.data import Batch
 from expunge.core.errors import NeedsError, SettingError
 from expunge.core.hashing import hash_tensors
 from expunge.core.runtime import Runtime
-from expunge.train.checkpoints import Checkpoints
+from expunge.train.average import Average
+from expunge.train.checkpoints import Checkpoints, movable
 from expunge.train.masks import Mask, within_pruned
 from expunge.train.master import Master, wide_copies, write_back
 from expunge.train.norm import NormMode, norm_layers, train_mode
+from expunge.train.smooth import Smoother, parse_smooth, samples_in
 from expunge.train.steps import StepName, Turns, make_optimizer
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -39,12 +41,14 @@ class Fit:
         stopped: why it ended early, or None.
         steps: optimiser steps taken.
         snapshots: state dicts after each epoch, if asked for.
+        average: mean of the weights that move, with `smooth="swa(…)"`.
     """
 
     curve: list[dict[str, Any]] = field(default_factory=list)
     stopped: str | None = None
     steps: int = 0
     snapshots: list[dict[str, Tensor]] = field(default_factory=list)
+    average: dict[str, Tensor] = field(default_factory=dict)
 
 
 def fit(
@@ -56,9 +60,11 @@ def fit(
     lr: float,
     turns: Sequence[float] = (),
     step: StepName = "sgd",
+    smooth: str = "none",
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     schedule: Callable[[int], float] = lambda epoch: 1.0,
+    pace: Callable[[int], float] = lambda step: 1.0,
     clip: float | None = None,
     accumulate: int = 1,
     mask: Mask | None = None,
@@ -81,9 +87,12 @@ def fit(
         turns: learning rates, in place of `lr`, of as many optimisers that step in turn, each with
             its own state.
         step: optimiser.
+        smooth: whose gradient it is given: that of the loss, or of one over weights near by; or the
+            mean of the weights at the end (see `smooth.py`).
         momentum: SGD momentum.
         weight_decay: L2 coefficient.
         schedule: learning-rate factor of each epoch.
+        pace: learning-rate factor of each step, counted from 0, beside that of its epoch.
         clip: largest gradient norm, or None.
         accumulate: batches whose gradients are averaged into one step; a remainder at the end of
             an epoch is dropped.
@@ -98,8 +107,9 @@ def fit(
         The curve and how training ended.
 
     Raises:
-        NeedsError: running statistics would be taken over each process' share of a batch.
-        SettingError: no weight may move.
+        NeedsError: running statistics would be taken over each process' share of a batch, or the
+            model has no second derivative that `smooth` asks for.
+        SettingError: no weight may move, or `smooth` is no choice.
     """
     parameters = dict(model.named_parameters())
     trainable = {n: p.requires_grad for n, p in parameters.items()}
@@ -115,7 +125,7 @@ def fit(
         "epochs": epochs, "lr": lr, "step": step, "momentum": momentum, "norm": norm,
         "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate,
         "mask": None if mask is None else hash_tensors(mask), "turns": list(turns),
-    }  # fmt: skip
+    } | ({} if smooth == "none" else {"smooth": smooth})  # fmt: skip
     # the scaler of fp16 looks for the gradients of the optimiser's own tensors before it steps
     wide = moving if runtime.precision == "fp16" else wide_copies(moving)
     barred = None if mask is None else {n: ~mask[n] for n in moving}
@@ -140,6 +150,15 @@ def fit(
     result = Fit()
     keeper = Checkpoints(runtime, stage, model, optimizer, result, settings)
     first_epoch, skip = keeper.restore()
+    kind, numbers = parse_smooth(smooth)
+    smoother = average = None
+    if kind == "swa":
+        average = Average(numbers, model, moving, wide, result.average)
+    elif numbers and numbers[0] > 0:
+        smoother = Smoother(
+            kind, numbers, model, moving, wide, barred,
+            runtime=runtime, accumulate=accumulate, stage=stage,
+        )  # fmt: skip
 
     with _accelerated(runtime) as accelerator, runtime.task(stage, epochs) as task:
         if runtime.processes > 1 and norm != "frozen" and norm_layers(model):
@@ -148,17 +167,18 @@ def fit(
             )
         forward = {k: v for k, v in vars(model).items() if k == "forward"}
         wrapped, prepared = accelerator.prepare(model, optimizer)
+        if smoother is not None:
+            smoother.backward = accelerator.backward
         task.advance(first_epoch)
         for epoch in range(first_epoch, epochs):
             train_mode(model, norm)
-            for one, rate in zip(optimizers, rates, strict=True):
-                for group in one.param_groups:
-                    group["lr"] = rate * schedule(epoch)
             micro = 0
             optimizer.zero_grad(set_to_none=True)
+            if smoother is not None:
+                smoother.begin()
             keeper.begin()
             # where to fall back to, once these weights have given a finite loss
-            start = None if skip else _copy(model)
+            start = None if skip else _copy(movable(model))
             for index, (loss_of, batch) in enumerate(passes(epoch)):
                 keeper.saw(batch)
                 if index < skip:
@@ -168,43 +188,56 @@ def fit(
                 lone = norm == "train" and _smallest(batch) == 1
                 if lone:  # one sample has no variance: it is normalised as at inference
                     train_mode(model, "frozen")
-                loss = loss_of(wrapped, batch)
+                loss = smoother.loss(loss_of, batch) if smoother else loss_of(wrapped, batch)
                 if lone:
                     train_mode(model, norm)
                 value = float(runtime.sum(loss.detach().clone())) / runtime.processes
                 result.stopped = _why_stop(value, result.steps, stop, runtime, keeper.elapsed())
                 if not math.isfinite(value):
-                    model.load_state_dict(keeper.sound or start or {})
+                    model.load_state_dict(keeper.sound or start or {}, strict=False)
+                    result.average.clear()
                 if result.stopped:
                     break
                 if start is not None:
                     keeper.sound, start = start, None
-                accelerator.backward(loss / accumulate)
-                runtime.cost.gradients += _count(batch)
+                if smoother:
+                    smoother.take()
+                else:
+                    accelerator.backward(loss / accumulate)
+                runtime.cost.gradients += samples_in(batch)
                 micro += 1
                 if micro % accumulate:
                     continue
+                if smoother:
+                    value = smoother.finish(result.steps)
                 if barred is not None:
                     _mask_gradients(moving, barred)
                 if clip is not None:  # the norm is that of the coordinates that move
                     accelerator.clip_grad_norm_(moving.values(), clip)
+                factor = schedule(epoch) * pace(result.steps)
+                for one, rate in zip(optimizers, rates, strict=True):
+                    for group in one.param_groups:
+                        group["lr"] = rate * factor
                 prepared.step()
                 prepared.zero_grad(set_to_none=True)
                 if barred is not None and decays:
                     _restore(wide, barred, frozen_values, optimizers)
                     write_back(moving, wide)
                 result.steps += 1
+                if average is not None:
+                    average.take(result.steps)
                 if result.steps % every == 1 or every == 1:
                     result.curve.append({
                         "step": result.steps,
                         "epoch": epoch,
                         "loss": value,
-                        "lr": rates[(result.steps - 1) % len(rates)] * schedule(epoch),
+                        "lr": rates[(result.steps - 1) % len(rates)] * factor,
                     })
                 keeper.maybe_save(epoch, index + 1)
             skip = 0
             if snapshots is True or (snapshots and epoch + 1 in snapshots):
-                result.snapshots.append(_copy(model))
+                with contextlib.nullcontext() if average is None else average.shown():
+                    result.snapshots.append(_copy(model.state_dict()))
             task.advance()
             if result.stopped:
                 runtime.reporter.say(f"{stage} stopped: {result.stopped}")
@@ -212,8 +245,10 @@ def fit(
         for name in ("forward", "_original_forward"):  # mixed precision wraps the forward
             vars(model).pop(name, None)
         vars(model).update(forward)
+    if average is not None:
+        average.put()
     if keeper.sound is not None and not all(bool(p.isfinite().all()) for p in moving.values()):
-        model.load_state_dict(keeper.sound)
+        model.load_state_dict(keeper.sound, strict=False)
         result.stopped = f"weights were no longer finite after step {result.steps}; {_PUT_BACK}"
     for name, p in parameters.items():
         p.requires_grad_(trainable[name])
@@ -266,12 +301,8 @@ def _accelerated(runtime: Runtime) -> Iterator[Any]:
                 state._shared_state.update(values)
 
 
-def _copy(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-
-def _count(batch: Any) -> int:
-    return len(batch) if isinstance(batch, Batch) else sum(_count(part) for part in batch)
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in state.items()}
 
 
 class Together(tuple[Batch, ...]):
@@ -281,7 +312,7 @@ class Together(tuple[Batch, ...]):
 def _smallest(batch: Any) -> int:
     """Rows of the smallest forward pass over a batch, or over each of several."""
     if isinstance(batch, (Batch, Together)):
-        return _count(batch)
+        return samples_in(batch)
     return min(map(_smallest, batch), default=0)
 
 

@@ -20,7 +20,7 @@ from expunge.core.runtime import Runtime
 from expunge.core.view import View
 
 Mask = Mapping[str, Tensor]
-CHOICES = "full, last(K), role(NAME) or saliency(Q)"
+CHOICES = "full, last(K), role(NAME), role(NAME, A-B), saliency(Q), lora(R) or lora(R, NAME)"
 
 
 def resolve_mask(spec: str, model: nn.Module, view: View, runtime: Runtime) -> Mask | None:
@@ -28,8 +28,8 @@ def resolve_mask(spec: str, model: nn.Module, view: View, runtime: Runtime) -> M
 
     Args:
         spec: `full`; `last(K)`: the last K linear or convolution layers; `role(NAME)`: the modules
-            that play a role; `saliency(Q)`: the share Q of coordinates most salient for the forget
-            set.
+            that play a role, with `role(NAME, A-B)` those in blocks A to B, counted from 0; `saliency(Q)`: the share Q of coordinates most salient for the forget
+            set; `lora(R)`: adapters, which are on the model already (see `adapters.py`).
         model: the model to train.
         view: for roles and saliency.
         runtime: counts the gradients that saliency takes.
@@ -41,7 +41,9 @@ def resolve_mask(spec: str, model: nn.Module, view: View, runtime: Runtime) -> M
         SettingError: the setting is none of these.
     """
     kind, argument = parse(spec)
-    if kind == "full":
+    if kind == "lora" and not any(".lora_" in n for n, _ in model.named_parameters()):
+        raise SettingError(f"train={spec!r}: this method cannot train adapters; use a mask or full")
+    if kind in ("full", "lora"):  # adapters have frozen the rest
         return None
     if kind in ("last", "role"):
         return only(model, layers_of(spec, model, view))
@@ -59,12 +61,14 @@ def layers_of(spec: str, model: nn.Module, roles: Roles) -> list[str]:
     """Names of the modules that `last(K)` or `role(NAME)` speaks of.
 
     Raises:
-        SettingError: there are fewer than K linear or convolution layers.
+        SettingError: there are fewer than K linear or convolution layers, or no blocks A to B.
         NeedsError: nothing plays the role.
     """
     kind, argument = parse(spec)
     if kind == "role":
-        return roles.role(argument)
+        name, _, span = argument.partition(",")
+        found = roles.role(name.strip())
+        return _in_blocks(found, span.strip(), spec, roles) if span else found
     found = [n for n, m in model.named_modules() if isinstance(m, _WEIGHTED)]
     count = int(argument)
     if len(found) < count:
@@ -73,24 +77,38 @@ def layers_of(spec: str, model: nn.Module, roles: Roles) -> list[str]:
     return found[-count:]
 
 
+def _in_blocks(modules: list[str], span: str, spec: str, roles: Roles) -> list[str]:
+    """Those of the named modules that lie in blocks `A-B` or `A`."""
+    match, blocks = re.fullmatch(r"(\d+)(?:-(\d+))?", span), roles.role("blocks")
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not first <= last < len(blocks):
+        raise SettingError(
+            f"train={spec!r}: blocks are A-B or A, counted from 0, and the model has {len(blocks)}"
+        )
+    inside = tuple(f"{block}." for block in blocks[first : last + 1])
+    return [name for name in modules if name.startswith(inside)]
+
+
 def parse(spec: str) -> tuple[str, str]:
     """Split `name(argument)` and check both.
 
     Raises:
         SettingError: it is none of the choices, or the argument is out of range.
     """
-    match = re.fullmatch(r"(full|last|role|saliency)(?:\((.+)\))?", spec.strip())
+    match = re.fullmatch(r"(full|last|role|saliency|lora)(?:\((.+)\))?", spec.strip())
     if match is None or (match[1] == "full") != (match[2] is None):
         raise SettingError(f"train={spec!r} is not a choice; use {CHOICES}")
     kind, argument = match[1], match[2] or ""
     try:
-        bad = (kind == "last" and int(argument) < 1) or (
+        bad = (kind in ("last", "lora") and int(argument.partition(",")[0]) < 1) or (
             kind == "saliency" and not 0 < float(argument) <= 1
         )
     except ValueError:
         bad = True
     if bad:
-        raise SettingError(f"train={spec!r}: K is a count from 1, Q a share above 0 and at most 1")
+        raise SettingError(
+            f"train={spec!r}: K and R are counts from 1, Q a share above 0 and at most 1"
+        )
     return kind, argument
 
 

@@ -14,9 +14,11 @@ from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
+from expunge.train.adapters import adapter_of, attach, has_adapters, is_lora
 from expunge.train.fit import Fit, Pass, fit
 from expunge.train.masks import parse, resolve_mask
 from expunge.train.norm import NormMode, recalibrate
+from expunge.train.smooth import parse_smooth
 from expunge.train.steps import StepName
 
 
@@ -30,18 +32,24 @@ class Training(Method):
     lr: float = setting(0.01, "learning rate, η", above=0)
     batch_size: int = setting(128, "samples a batch, over all processes", low=1)
     step: StepName = setting("sgd", "optimiser: sgd, adam or adamw")
+    smooth: str = setting(
+        "none", "step over weights near by: none, sam(RHO), rs(SIGMA, K), gp(LAMBDA), cr(LAMBDA), swa(START)"
+    )  # fmt: skip
     momentum: float = setting(0.9, "momentum of sgd", low=0, high=1)
     weight_decay: float = setting(0.0, "L2 coefficient", low=0)
     schedule: Literal["constant", "cosine"] = setting(
         "constant", "learning rate over the epochs: constant, or falling as half a cosine"
     )
-    train: str = setting("full", "weights that move: full, last(K), role(NAME), saliency(Q)")
+    train: str = setting(
+        "full", "weights that move: full, last(K), role(NAME), saliency(Q), lora(R)"
+    )
     norm: NormMode = setting("train", "running statistics: train, frozen or recalibrate")
 
     def __post_init__(self) -> None:
-        """Check the settings, `train` included."""
+        """Check the settings, `train` and `smooth` included."""
         super().__post_init__()
         parse(self.train)
+        parse_smooth(self.smooth)
 
     def train_model(
         self,
@@ -63,6 +71,8 @@ class Training(Method):
         Returns:
             The outcome and the fit it came from.
         """
+        if is_lora(self.train) and not has_adapters(model):
+            attach(self.train, model, view, runtime.seed_for("lora"))
         mask = resolve_mask(self.train, model, view, runtime)
         if self.schedule == "cosine":
             own = options.get("schedule", lambda epoch: 1.0)
@@ -74,6 +84,7 @@ class Training(Method):
             epochs=self.epochs,
             lr=self.lr,
             step=self.step,
+            smooth=self.smooth,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             mask=mask,
@@ -89,7 +100,8 @@ class Training(Method):
         if mask is not None:
             moving = sum(int(m.sum()) for m in mask.values())
             details["trained_share"] = moving / sum(m.numel() for m in mask.values())
-        return Outcome(model, curve=result.curve, details=details), result
+        change = adapter_of(model) if is_lora(self.train) else None
+        return Outcome(model, change, curve=result.curve, details=details), result
 
     def reads_forget_labels(self) -> bool:
         """Whether the `train` choice alone reads forget data with labels (saliency does)."""

@@ -50,6 +50,7 @@ class SupervisedRecipe:
         threads: torch threads while training; part of the recipe because results depend on it.
         restriction: weight α of the gradient's norm in the loss; 0 trains plainly.
         restriction_norm: one norm a parameter tensor, or one over all of them.
+        clip: largest gradient norm, or None.
     """
 
     build: Callable[[], nn.Module]
@@ -64,6 +65,7 @@ class SupervisedRecipe:
     threads: int = 1
     restriction: float = 0.0
     restriction_norm: RestrictionNorm = "per_tensor"
+    clip: float | None = None
 
     def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Loss [B] of each sample of a batch with labels."""
@@ -149,14 +151,15 @@ class SupervisedRecipe:
                 hook.remove()
 
         whole = restricted(loss, self.restriction, self.restriction_norm)
+        one = -(-len(source) // self.batch_size)  # batches of one pass over the samples
+        each = steps or one
 
         def passes(epoch: int) -> Pass:
-            one = -(-len(source) // self.batch_size)  # batches of one pass over the samples
-            wanted, done = steps or one, 0
-            while done < wanted:
-                number, skip = divmod((epoch + first) * wanted + done, one)
+            done = 0
+            while done < each:
+                number, skip = divmod((epoch + first) * each + done, one)
                 order = source.batches(self.batch_size, inner.generator("recipe", number))
-                for batch in itertools.islice(order, skip, skip + wanted - done):
+                for batch in itertools.islice(order, skip, skip + each - done):
                     # `fit` asks for the next batch when it has taken the step on this one
                     with contextlib.nullcontext() if around is None else around(model, batch):
                         yield whole, batch
@@ -179,6 +182,8 @@ class SupervisedRecipe:
                 momentum=self.momentum,
                 weight_decay=self.weight_decay,
                 schedule=lambda epoch: self.rate(epoch + first),
+                pace=lambda step: self.pace(step + first * each, self.epochs * each),
+                clip=self.clip,
                 snapshots=[epoch - first for epoch in snapshots],
                 stage="train",
             )
@@ -190,6 +195,10 @@ class SupervisedRecipe:
         """Factor of the learning rate in an epoch, counted from 0."""
         return cosine(epoch, self.epochs) if self.schedule == "cosine" else 1.0
 
+    def pace(self, step: int, steps: int) -> float:
+        """Factor of the learning rate at a step of all `steps`, counted from 0, beside its epoch's."""
+        return 1.0
+
     def settings(self) -> dict[str, Any]:
         """What a record keeps of the recipe."""
         kept = ("epochs", "lr", "batch_size", "momentum", "weight_decay", "step", "threads")
@@ -200,6 +209,8 @@ class SupervisedRecipe:
         settings = {"build": f"{build.__module__}.{name}"} | {k: getattr(self, k) for k in kept}
         if self.restriction:  # a plain training keeps the key it always had
             settings |= {k: getattr(self, k) for k in ("restriction", "restriction_norm")}
+        if self.clip is not None:
+            settings["clip"] = self.clip
         if self.schedule != "cosine":
             settings["schedule"] = self.schedule
         return settings

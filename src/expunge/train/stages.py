@@ -66,6 +66,7 @@ class Stages:
         settings: dict[str, Any] = {
             "lr": m.lr, "step": m.step, "momentum": m.momentum, "weight_decay": m.weight_decay,
             "norm": m.norm, "mask": self.mask if model is None else None,
+            "smooth": m.smooth if model is None else "none",
         }  # fmt: skip
         result = fit(
             self.model if model is None else model,

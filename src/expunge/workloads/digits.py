@@ -71,6 +71,7 @@ digits_class = Workload(
             "batch_size": 64,
         },
         "dm-direct": {"models": 200, "multiplier": 20.0},
+        "task-vector": {"epochs": 5, "lr": 0.1, "step": "sgd", "strength": 2.0},
     },
     tuning="by hand on forgetting the sevens and the ones, seed 0",
 )

@@ -11,8 +11,7 @@ with \(u = 1\) on \(D_f\) and 0 on a random part of \(D_r\), both shuffled toget
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -27,7 +26,6 @@ from expunge.core.view import View
 from expunge.train.fit import Pass
 from expunge.train.losses import kl_each
 from expunge.train.method import Training
-from expunge.train.mixed import mixed
 from expunge.train.steps import StepName
 
 _TEST = "tests/methods/test_bad_teacher.py::test_"
@@ -84,13 +82,12 @@ class BadTeacher(Training):
         loss = two_teachers(view, good, bad, self.temperature)
         count = max(1, round(self.share * len(view.retain)))
         rehearsed = view.retain.part(count, runtime.generator("rehearsed"))
+        both, samples = torch.cat([view.forget.ids, rehearsed.ids]), view.everything
 
         def passes(epoch: int) -> Pass:
-            order = runtime.generator("mixed", epoch)
-            for parts in mixed(view, self.batch_size, order, rehearsed):
-                # one pass of the student: batch statistics are those of the shuffled batch
-                batch = reduce(Batch.joined, (part for part in parts if part is not None))
-                yield loss, replace(batch, y=None)
+            order = torch.randperm(len(both), generator=runtime.generator("mixed", epoch))
+            for ids in both[order].split(self.batch_size):
+                yield loss, samples.fetch(ids)
 
         outcome, _ = self.train_model(view.model(), passes, view, runtime)
         outcome.details["rehearsed"] = count
@@ -115,12 +112,16 @@ def two_teachers(
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         gone = torch.isin(batch.ids, forgotten.to(batch.ids.device))
+        sides = [
+            (teacher, rows) for teacher, rows in ((bad, gone), (good, ~gone)) if bool(rows.any())
+        ]
+        # before the student, whose activations are held until its backward pass
+        with torch.no_grad():
+            answers = [view.logits(teacher, batch.rows(rows)) for teacher, rows in sides]
         student = view.logits(model, batch)
         target = torch.empty_like(student)
-        with torch.no_grad():
-            for teacher, rows in ((bad, gone), (good, ~gone)):
-                if bool(rows.any()):
-                    target[rows] = view.logits(teacher, batch.rows(rows)).to(target)
+        for (_, rows), answer in zip(sides, answers, strict=True):
+            target[rows] = answer.to(target)
         return batch.mean(kl_each(target, student, temperature)) / temperature**2
 
     return loss

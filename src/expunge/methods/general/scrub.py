@@ -88,19 +88,22 @@ class SCRUB(Training):
         """Alternate the passes, and rewind if asked to."""
         teacher = view.original()
 
-        def kl(logits: Tensor, batch: Batch) -> Tensor:
-            with torch.no_grad():
-                target = view.logits(teacher, batch)
-            return batch.mean(kl_each(target, logits, self.temperature))
+        @torch.no_grad()
+        def wanted(batch: Batch) -> Tensor:
+            # before the student, whose activations are held until its backward pass
+            return view.logits(teacher, batch)
 
         def max_loss(student: nn.Module, batch: Batch) -> Tensor:
-            return -kl(view.logits(student, batch), batch)
+            target = wanted(batch)
+            return -batch.mean(kl_each(target, view.logits(student, batch), self.temperature))
 
         def min_loss(student: nn.Module, batch: Batch) -> Tensor:
             if not self.alpha:
                 return self.gamma * batch.mean(view.each_loss(student, batch))
+            target = wanted(batch)
             logits, losses = view.logits_and_loss(student, batch)
-            return self.gamma * batch.mean(losses) + self.alpha * kl(logits, batch)
+            kl = batch.mean(kl_each(target, logits, self.temperature))
+            return self.gamma * batch.mean(losses) + self.alpha * kl
 
         def passes(epoch: int) -> Pass:
             if epoch < self.max_epochs:

@@ -1,0 +1,1 @@
+"""Unlearning methods for language models, one file each."""

@@ -1,0 +1,192 @@
+r"""ECO: recognise prompts about what is to be forgotten, and corrupt their embeddings.
+
+A gate gives \(p(x)\), and flags a prompt where its conformal set is `forget` alone. Of a flagged prompt
+all embeddings but the last are changed by a fixed rule of strength \(\sigma\), e.g. \(E + \sigma\,
+\mathrm{N}(0, 1)\), before the model sees them. \(\sigma\) is searched for by differences, so that forget
+answers are as likely as under a model that never saw them. No weight changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from expunge.core.errors import DataError, NeedsError
+from expunge.core.method import Method
+from expunge.core.needs import Card, Deviation, Needs
+from expunge.core.outcome import Outcome, Wrapper
+from expunge.core.runtime import Runtime
+from expunge.core.settings import setting
+from expunge.core.view import Source, View
+from expunge.train.corrupt import Dims, Effect
+from expunge.train.corrupted_prompts import CorruptedPrompts, ending_of, text_of
+from expunge.train.gate import Ambiguous, Gate, fit_gate, flags, quantile
+from expunge.train.token_losses import IGNORED, sequence_mean
+from expunge.train.zeroth import descend
+
+_TEST = "tests/methods/text/test_eco.py::test_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ECO(Method):
+    """Guard the original by a gate and corrupted prompts; suppression, not removal.
+
+    A result composes with the next request by guarding the original anew, against both sets.
+    """
+
+    name: ClassVar[str] = "eco"
+    domain: ClassVar[str] = "causal-lm"
+    search: ClassVar = {"sigma": None}
+    card: ClassVar[Card] = Card(
+        title="Large Language Model Unlearning via Embedding-Corrupted Prompts",
+        authors="Liu, Wang, Flanigan, Liu",
+        year=2024,
+        link="https://arxiv.org/abs/2406.07933",
+        idea="A prompt about the forgotten is made illegible before the model reads it.",
+        intent="suppression",
+        guarantee="inference-time",
+        fidelity="simplified",
+        deviations=(
+            Deviation(
+                "The gate is a logistic regression on tokens and pairs of them; the paper fine-tunes a "
+                "text encoder.",
+                _TEST + "the_gate_is_a_regression_on_tokens_and_pairs",
+            ),
+            Deviation(
+                "Every prompt token but the last is corrupted and no token of an answer; the official "
+                "code can choose names by a tagger, and corrupts answers it scores.",
+                _TEST + "eco_invariant_3_only_prompt_tokens_before_the_last_change",
+            ),
+            Deviation(
+                "Noise depends on the prompt alone; the official code draws anew at each call, so that "
+                "asking often averages it out.",
+                _TEST + "asking_again_gives_the_same_answer",
+            ),
+            Deviation(
+                "σ is in units of the embeddings' standard deviation, and brings the probability of "
+                "forget answers to a target.",
+                _TEST + "the_search_comes_closer_to_its_target",
+            ),
+        ),
+    )
+
+    alpha: float = setting(0.05, "share of prompts whose label the gate may miss, α", above=0, high=0.5)  # fmt: skip
+    ambiguous: Ambiguous = setting("pass", "prompts of which the gate is not sure: pass or flag")
+    threshold: float | None = setting(None, "flag above this p instead, τ; none is conformal", low=0, high=1)  # fmt: skip
+    calibration: float = setting(0.5, "share of the prompts held out to calibrate", above=0, high=0.9)  # fmt: skip
+    effect: Effect = setting("noise", "what is done: noise, replace, zero, flip, add or subtract", source="official code")  # fmt: skip
+    dims: Dims = setting("first", "coordinates it is done to: first, random, top or least", source="official code")  # fmt: skip
+    count: int | None = setting(None, "number of coordinates, k; none is all", low=0)
+    sigma: float | None = setting(None, "strength σ in standard deviations of the embeddings; none searches", low=0)  # fmt: skip
+    target: float = setting(0.0, "probability a token of a forget answer should have; that of a retrained model, if known", low=0, high=1)  # fmt: skip
+    start: float = setting(0.5, "first σ of the search", low=0)
+    probe: float = setting(0.3, "step of its differences, ε", above=0)
+    rate: float = setting(2.0, "rate of its steps, η", above=0)
+    least: float = setting(0.05, "smallest σ of the search", low=0)
+    steps: int = setting(10, "steps of the search", low=0, source="official code")
+    draws: int = setting(3, "draws of noise that the search averages over", low=1)
+
+    @property
+    def needs(self) -> Needs:
+        """Prompts of both sides, which labels tell from answers; likelihoods for the search."""
+        return Needs(
+            forget=True, retain=True, labels="all",
+            capabilities=frozenset({"token_logits", "token_nll"}),
+        )  # fmt: skip
+
+    def run(self, view: View, runtime: Runtime) -> Outcome:
+        """Fit and calibrate the gate, search the strength, wrap the original."""
+        if runtime.processes > 1:
+            raise NeedsError("eco reads every prompt in one process; run it without others")
+        forget, retain = prompts_of(view.forget), prompts_of(view.retain)
+        gate, facts = self._gate(forget, retain, runtime)
+        model, name = view.model(), view.role("embeddings")[0]
+        unit = float(model.get_parameter(f"{name}.weight").detach().float().std())
+        rule = {
+            "limit": facts.get("limit"),
+            "threshold": self.threshold,
+            "ambiguous": self.ambiguous,
+        }
+        settings: dict[str, Any] = rule | {
+            "embeddings": name, "bias": gate.bias, "ending": ending_of(forget + retain),
+            "effect": self.effect, "dims": self.dims, "count": self.count, "sigma": 0.0, "salt": 0,
+        }  # fmt: skip
+        wrapped = CorruptedPrompts(
+            model, text_of(settings), gate.keys, gate.weights.view(torch.int32)
+        )
+        trace = [self.sigma] if self.sigma is not None else self._strength(wrapped, view, unit)
+        wrapper = Wrapper({
+            f"corrupted-prompts/{n}": t.cpu()
+            for n, t in {
+                "settings": text_of(settings | {"sigma": trace[-1] * unit}),
+                "keys": gate.keys,
+                "weights": gate.weights.view(torch.int32),
+            }.items()
+        })
+        facts |= {"sigma": trace[-1], "sigma_absolute": trace[-1] * unit, "search": trace}
+        return Outcome(wrapper.apply(view.model().cpu()), wrapper, details=facts)
+
+    def _gate(
+        self, forget: list[Tensor], retain: list[Tensor], runtime: Runtime
+    ) -> tuple[Gate, dict[str, Any]]:
+        """Fit on one part of the prompts, calibrate on the other."""
+        drawn = runtime.generator("calibration")
+        parts: list[tuple[Tensor, bool, bool]] = []
+        for prompts, flagged in ((forget, True), (retain, False)):
+            held = min(round(self.calibration * len(prompts)), len(prompts) - 1)
+            order = torch.randperm(len(prompts), generator=drawn).tolist()
+            parts += [(prompts[p], flagged, n < held) for n, p in enumerate(order)]
+        learned = [(p, flagged) for p, flagged, held in parts if not held]
+        gate = fit_gate([p for p, _ in learned], torch.tensor([flagged for _, flagged in learned]))
+        known = [(gate.probability(p), flagged) for p, flagged, held in parts if held]
+        scores = torch.tensor(
+            [1 - p if flagged else p for p, flagged in known], dtype=torch.float64
+        )
+        limit = quantile(scores, self.alpha)
+        if self.threshold is None and limit == float("inf"):
+            raise DataError(
+                f"{len(scores)} prompts cannot calibrate a gate to alpha={self.alpha:g}; at least "
+                f"{-int(-1 // self.alpha) - 1} can, or pass threshold="
+            )
+        said = [p > self.threshold if self.threshold is not None else flags(p, limit, self.ambiguous) for p, _ in known]  # fmt: skip
+        rate = lambda kind: [s for s, (_, f) in zip(said, known, strict=True) if f == kind]  # noqa: E731
+        return gate, {
+            "calibrated_on": len(known),
+            "limit": None if limit == float("inf") else limit,
+            "flagged_of_forget": sum(rate(True)) / max(len(rate(True)), 1),
+            "flagged_of_retain": sum(rate(False)) / max(len(rate(False)), 1),
+        }
+
+    def _strength(self, wrapped: CorruptedPrompts, view: View, unit: float) -> list[float]:
+        """Walk σ until forget answers are as likely as wanted."""
+        batches = list(view.forget.batches(32))
+
+        @torch.no_grad()
+        def distance(sigma: float) -> float:
+            found = []
+            for salt in range(self.draws):
+                wrapped.settings |= {"sigma": sigma * unit, "salt": salt}
+                for batch in batches:
+                    found.append(
+                        (-sequence_mean(*view.capability("token_nll")(wrapped, batch))).exp()
+                    )
+            return abs(float(torch.cat(found).mean()) - self.target)
+
+        return descend(
+            distance, start=self.start, probe=self.probe, rate=self.rate, least=self.least,
+            steps=self.steps,
+        )  # fmt: skip
+
+
+def prompts_of(source: Source) -> list[Tensor]:
+    """Prompts of a side's samples; a text that is all answer is its own."""
+    found = []
+    for batch in source.batches(256):
+        assert batch.y is not None
+        for ids, real, y in zip(batch.x["input_ids"].cpu(), batch.x["attention_mask"].cpu(), batch.y.cpu(), strict=True):  # fmt: skip
+            start = int((y != IGNORED).nonzero()[0])
+            found.append(ids[:start] if start else ids[real.bool()])
+    return found

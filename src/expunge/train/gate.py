@@ -1,0 +1,105 @@
+r"""A gate in front of a language model: does a prompt belong to what is to be forgotten?
+
+\[ p(x) = \sigma\Big(b + \sum_{g \in G(x)} w_g\Big) \]
+
+over the set \(G\) of a prompt's tokens and of its pairs of neighbouring tokens. Its threshold can be
+conformal: of prompts like those it was calibrated on, at least a share \(1 - \alpha\) get a set of labels
+that holds the true one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
+
+Ambiguous = Literal["pass", "flag"]
+_FIRST, _SECOND = 6364136223846793005, 1442695040888963407
+
+
+def grams(prompt: Tensor) -> Tensor:
+    """Keys int64 of the tokens of a prompt [T] and of its neighbouring pairs, each once."""
+    ids = prompt.long().cpu()
+    pairs = (ids[:-1] + 1) * _FIRST + (ids[1:] + 1) * _SECOND  # wraps around, as a hash may
+    return torch.cat([ids, pairs]).unique()
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Logistic regression on the grams of a prompt.
+
+    Attributes:
+        keys: known grams, int64 [G], ascending; others count nothing.
+        weights: float32 [G].
+        bias: b.
+    """
+
+    keys: Tensor
+    weights: Tensor
+    bias: float
+
+    def probability(self, prompt: Tensor) -> float:
+        """P that a prompt [T] belongs to what is to be forgotten."""
+        found = grams(prompt)
+        places = torch.searchsorted(self.keys, found).clamp(max=len(self.keys) - 1)
+        known = self.keys[places] == found
+        return float((self.weights[places[known]].double().sum() + self.bias).sigmoid())
+
+
+def fit_gate(prompts: Sequence[Tensor], flagged: Tensor, *, decay: float = 1e-4) -> Gate:
+    r"""Fit a gate: cross-entropy with classes weighed alike, and \(\frac\lambda2 |w|^2\).
+
+    Args:
+        prompts: token ids of each.
+        flagged: bool [N]; both kinds occur.
+        decay: λ.
+
+    Returns:
+        The gate; the same for the same prompts in the same order.
+    """
+    found = [grams(p) for p in prompts]
+    keys, places = torch.cat(found).unique(return_inverse=True)
+    starts = torch.tensor([0, *map(len, found)]).cumsum(0)[:-1]
+    share = flagged.double().mean()
+    weight = torch.where(flagged, 0.5 / share, 0.5 / (1 - share))
+    w = torch.zeros(len(keys), 1, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = embedding_bag(places, w, starts, mode="sum")[:, 0] + bias
+        loss = binary_cross_entropy_with_logits(logits, flagged.double(), weight)
+        loss = loss + decay / 2 * w.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return Gate(keys, w.detach()[:, 0].float(), float(bias.detach()))
+
+
+def quantile(scores: Tensor, alpha: float) -> float:
+    r"""The \(\lceil (n+1)(1-\alpha) \rceil\)-th smallest of scores [n]; infinite if there are too few."""
+    rank = max(1, math.ceil((len(scores) + 1) * (1 - alpha) - 1e-9))
+    return float(scores.sort().values[rank - 1]) if rank <= len(scores) else math.inf
+
+
+def label_set(probability: float, limit: float) -> tuple[bool, bool]:
+    """Whether the conformal set of a prompt holds `forget`, and whether it holds `retain`.
+
+    Args:
+        probability: p of `forget`.
+        limit: from `quantile`.
+    """
+    return 1 - probability <= limit, probability <= limit
+
+
+def flags(probability: float, limit: float, ambiguous: Ambiguous) -> bool:
+    """Whether a prompt is flagged: its set is `forget` alone, or, where it is none or both, as said."""
+    forget, retain = label_set(probability, limit)
+    return ambiguous == "flag" if forget == retain else forget

@@ -1,0 +1,84 @@
+r"""Per-token quantities of causal language models, aligned: position t predicts token t + 1.
+
+\(\ell_t = -\log p_\theta(y_t \mid y_{<t})\) at answered tokens; positions without an answered token
+give 0 and no gradient. Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from expunge.core.runtime import Runtime
+
+IGNORED = -100
+"""Label of a token without a loss, as transformers has it."""
+
+
+def targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Next tokens [B, T−1] (0 where none is answered) and where one is answered, of labels [B, T]."""
+    following = labels[:, 1:]
+    mask = following != IGNORED
+    return following.masked_fill(~mask, 0), mask
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each answered token.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T], `IGNORED` where a token is not answered.
+
+    Returns:
+        ℓ [B, T−1] in nats, 0 where nothing is answered, and the mask [B, T−1].
+    """
+    following = labels[:, 1:]
+    # rows of words side by side: over a dimension in the middle it takes twice as long
+    found = cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
+        following.reshape(-1),
+        reduction="none",
+        ignore_index=IGNORED,
+    )
+    return found.view(following.shape), following != IGNORED
+
+
+def answered(values: Tensor, labels: Tensor) -> Tensor:
+    """Rows [n, …] of values [B, T, …] at positions that predict an answered token."""
+    return values[:, :-1][labels[:, 1:] != IGNORED]
+
+
+def sequence_sum(nll: Tensor) -> Tensor:
+    r"""\(N = \sum_t \ell_t\) [B] of per-token values [B, T−1] that are 0 outside of answers."""
+    return nll.sum(1)
+
+
+def sequence_mean(nll: Tensor, mask: Tensor) -> Tensor:
+    r"""\(N / |y|\) [B]."""
+    return nll.sum(1) / mask.sum(1).clamp(min=1)
+
+
+def token_mean(values: Tensor, mask: Tensor, runtime: Runtime) -> Tensor:
+    """Mean over the answered tokens of the *whole* batch, whatever share this process holds.
+
+    Gradients are averaged over P processes, so a share's sum is scaled by P over all tokens.
+    """
+    count = runtime.sum(mask.sum().float())
+    return (values * mask).sum() * (runtime.processes / count.clamp(min=1))
+
+
+def kl_each_token(teacher: Tensor, student: Tensor) -> Tensor:
+    r"""\(\mathrm{KL}(p_{teacher} \| p_{student})\) [n] over the vocabulary, of logits [n, V]."""
+    p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def entropy_each_token(teacher: Tensor, student: Tensor) -> Tensor:
+    r"""Cross-entropy \(H(p_{teacher}, p_{student})\) [n], of logits [n, V]."""
+    return -(teacher.float().softmax(-1) * student.float().log_softmax(-1)).sum(-1)
+
+
+def without(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Logits [n, V] with those of one token each at −∞."""
+    return logits.scatter(-1, tokens[:, None], -torch.inf)

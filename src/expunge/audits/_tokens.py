@@ -19,6 +19,7 @@ from expunge.audits._intervals import mean_interval
 from expunge.audits._splits import missing
 from expunge.core.audit import Finding, Subject, against
 from expunge.core.data import Batch
+from expunge.core.needs import Needs
 from expunge.problems.tokens import TokenData, Tokens, pad
 from expunge.train.token_losses import answered, targets
 
@@ -27,6 +28,12 @@ HELD = 2**24
 T = TypeVar("T")
 FLOOR = 1e-6
 """Smallest variance of log p: a prediction without any spread has no z."""
+
+
+TOKENS = Needs(
+    forget=True, retain=True, labels="all", models=2, capabilities=frozenset({"token_logits"})
+)
+"""What audits of answers need: both sides with their answers, and logits of tokens."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from expunge.audits._splits import SPLITS
-from expunge.audits._tokens import Answer, answers, share_finding, unread
+from expunge.audits._tokens import TOKENS, Answer, answers, share_finding, unread
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.runtime import Runtime
@@ -51,9 +51,7 @@ class Memorisation(Audit):
     @property
     def needs(self) -> Needs:
         """Both sides with their answers, and logits of tokens."""
-        return Needs(
-            forget=True, retain=True, labels="all", models=2, capabilities=frozenset({"token_logits"})
-        )  # fmt: skip
+        return TOKENS
 
     def run(
         self, subject: Subject, references: Sequence[Subject], runtime: Runtime

@@ -13,7 +13,7 @@ import numpy as np
 from expunge.audits._intervals import auc
 from expunge.audits._members import auc_finding, nonmembers, sides
 from expunge.audits._splits import FEWEST
-from expunge.audits._tokens import Answer, answers, once, rows_of, unread
+from expunge.audits._tokens import TOKENS, Answer, answers, once, rows_of, unread
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.runtime import Runtime
@@ -69,9 +69,7 @@ class TextMembership(Audit):
     @property
     def needs(self) -> Needs:
         """Both sides with their answers, and logits of tokens."""
-        return Needs(
-            forget=True, retain=True, labels="all", models=2, capabilities=frozenset({"token_logits"})
-        )  # fmt: skip
+        return TOKENS
 
     def run(
         self, subject: Subject, references: Sequence[Subject], runtime: Runtime

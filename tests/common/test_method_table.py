@@ -52,6 +52,9 @@ NOT_APPLICABLE = {
     ),
     *(("dm-direct", c) for c in ("frozen_stays_frozen", "resumes_to_the_same_bits")),
     *(("eco", c) for c in ("frozen_stays_frozen", "resumes_to_the_same_bits")),
+    *(("guard", c) for c in ("frozen_stays_frozen", "resumes_to_the_same_bits")),
+    # it trains adapters only
+    ("o3", "frozen_stays_frozen"),
     # the last layer does not act on the states of a block
     ("rmu", "frozen_stays_frozen"),
     *((name, "reads_only_what_it_declares") for name in ("influence", "iau")),

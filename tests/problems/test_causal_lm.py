@@ -14,7 +14,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from expunge.core.errors import DataError, ModelError
+from expunge.core.errors import DataError, ModelError, SettingError
 from expunge.problems.causal_lm import CausalLM
 from expunge.problems.generation import generate
 from expunge.problems.lm_roles import lm_roles
@@ -107,6 +107,73 @@ def test_generation_equals_that_of_each_prompt_without_a_cache(family):
         found = generate(model, prompts, tokens=6, ends=ends, batch_size=size)
         assert [f.tolist() for f in found] == [alone(p) for p in prompts]
     assert len(found[1]) <= 2 and not model.training
+
+
+class Behind(torch.nn.Module):
+    """A model behind another module, which might remember its rows: they stay where they are."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt-neox", "gemma2"])
+def test_rows_that_ended_make_room_and_change_nothing(family, temperature):
+    """22 prompts of which some end early, in batches of 8: the same as one by one, in fewer steps."""
+    model = model_of(FAMILIES[family][0])
+    drawn = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 40, (2 + n % 7,), generator=drawn) for n in range(22)]
+    heat = {"temperature": temperature, "tokens": 12}
+    free = generate(model, prompts, ends=[], batch_size=1, seeds=range(22), **heat)
+    ends = sorted({int(f[2]) for f in free[:6]})
+    wanted = [
+        generate(model, [p], ends=ends, seeds=[n], **heat)[0].tolist()
+        for n, p in enumerate(prompts)
+    ]
+    assert len({len(w) for w in wanted}) > 2
+    steps = {}
+    for name, one in (("alone", model), ("behind", Behind(model))):
+        calls = []
+        hook = model.register_forward_pre_hook(
+            lambda _m, _a, given, calls=calls: calls.append(len(given["input_ids"])),
+            with_kwargs=True,
+        )
+        found = generate(one, prompts, ends=ends, batch_size=8, seeds=range(22), **heat)
+        hook.remove()
+        assert [f.tolist() for f in found] == wanted
+        assert max(calls) <= 8 + 2
+        steps[name] = sum(calls)
+    if family == "gemma2":  # a cache of a sliding window is not cut
+        assert steps["alone"] == steps["behind"]
+    else:
+        assert steps["alone"] < steps["behind"]
+
+
+def test_generation_ends_where_the_context_does():
+    model = model_of(FAMILIES["llama"][0])
+    prompts = [torch.full((n,), 5) for n in (3, 29, 31, 32)]
+    found = generate(model, prompts, tokens=6, ends=[], context=32)
+    assert [len(f) for f in found] == [6, 3, 1, 1]
+
+
+def test_generation_of_no_tokens_or_no_prompts():
+    model = model_of(FAMILIES["llama"][0])
+    prompts = [torch.tensor([5, 6]), torch.tensor([7])]
+    for context in (None, 2):
+        assert [len(f) for f in generate(model, prompts, tokens=0, ends=[], context=context)] == [0, 0]  # fmt: skip
+    assert generate(model, [], tokens=3, ends=[]) == []
+
+
+def test_draws_need_a_seed_for_each_prompt():
+    model = model_of(FAMILIES["llama"][0])
+    prompts = [torch.tensor([5, 6]), torch.tensor([7])]
+    for seeds in ([], [1]):
+        with pytest.raises(SettingError, match=f"one seed a prompt: {len(seeds)} seeds for 2"):
+            generate(model, prompts, tokens=3, ends=[], temperature=1.0, seeds=seeds)
 
 
 def test_features_leave_padding_out(problem):

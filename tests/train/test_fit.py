@@ -468,3 +468,19 @@ def test_diverging_training_ends_with_finite_weights(data):
     result = train(model, data, epochs=50, lr=1e38, momentum=0.9)
     assert result.stopped
     assert all(bool(torch.isfinite(v).all()) for v in model.state_dict().values())
+
+
+def test_no_gradients_are_left_behind(data):
+    """Neither of the batch at which a budget ended, nor of a remainder that made no step."""
+    for runtime, more in ((Runtime(budget=Budget(steps=2)), {}), (Runtime(), {"accumulate": 3})):
+        model = network()
+        train(model, data, runtime, **more)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_one_process_that_shards_has_the_precision_asked_for(data):
+    curves = [
+        train(network(), data, Runtime(precision=precision, shard=shard)).curve
+        for precision, shard in (("bf16", False), ("bf16", True), ("no", False))
+    ]
+    assert curves[0] == curves[1] != curves[2]

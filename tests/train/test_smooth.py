@@ -21,7 +21,8 @@ from expunge.methods import registry
 from expunge.methods.text.npo import NPO
 from expunge.suite import checks
 from expunge.train.fit import Fit, fit
-from expunge.train.smooth import Apart, parse_smooth
+from expunge.train.parts import Apart
+from expunge.train.smooth import parse_smooth
 from expunge.train.stages import Stages
 from expunge.workloads.tinyfacts import tiny_llama
 
@@ -179,7 +180,7 @@ def test_unlearn_smooth_invariant_5_the_penalty_turns_the_step(smooth):
 
 
 def apart(first, rest):
-    return Apart(lambda m, b: [first(m, b[0]), rest(m, b[1])], first)
+    return Apart({"first": lambda m, b: first(m, b[0]), "rest": lambda m, b: rest(m, b[1])})
 
 
 def test_unlearn_smooth_invariant_4_the_second_part_is_taken_at_the_weights():
@@ -748,7 +749,7 @@ from expunge.core.data import Data
 from expunge.core.runtime import Runtime
 from expunge.core.view import Source
 from expunge.train.fit import fit
-from expunge.train.smooth import Apart
+from expunge.train.parts import Apart
 
 generator = torch.Generator().manual_seed(0)
 data = Data((torch.randn(23, 4, generator=generator).double(), torch.randint(3, (23,), generator=generator)))
@@ -762,7 +763,7 @@ def leaving(model, batch):
     return -0.5 * fitting(model, batch)
 
 
-both = Apart(lambda m, b: [leaving(m, b[0]), fitting(m, b[1])], leaving)
+both = Apart({"leaving": lambda m, b: leaving(m, b[0]), "fitting": lambda m, b: fitting(m, b[1])})
 found = {"processes": Runtime().processes}
 for smooth in sys.argv[2:]:
     for name, loss in (("whole", fitting), ("apart", both)):

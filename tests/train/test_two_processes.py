@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from launched import in_one_and_two
 
 SCRIPT = '''
 import json, sys, warnings
@@ -130,33 +129,7 @@ METHODS = (
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> dict[int, Path]:
     root = tmp_path_factory.mktemp("processes")
-    script = root / "script.py"
-    script.write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    two += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    running = {}
-    for count, launch in ((1, []), (2, two)):
-        folder = root / str(count)
-        folder.mkdir()
-        command = [sys.executable, *launch, str(script), str(folder)]
-        running[count] = (
-            folder,
-            subprocess.Popen(
-                command,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            ),
-        )
-    folders = {}
-    for count, (folder, process) in running.items():
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, said[-3000:]
-        folders[count] = folder
-    return folders
+    return in_one_and_two(SCRIPT, root)
 
 
 def notes(folder: Path) -> dict:

@@ -24,13 +24,17 @@ registry = Registry(
         "memorisation": "expunge.audits.memorisation:Memorisation",
         "rouge": "expunge.audits.rouge:Rouge",
         "truth-ratio": "expunge.audits.truth_ratio:TruthRatio",
+        "extraction-likelihood": "expunge.audits.extraction:ExtractionLikelihood",
         "text-membership": "expunge.audits.text_membership:TextMembership",
+        "ches": "expunge.audits.ches:CHES",
+        "in-context": "expunge.audits.in_context:InContext",
+        "in-context-images": "expunge.audits.in_context_images:InContextImages",
     },
     group="expunge.audits",
 )
 
-ASKED_FOR = ("relearn-time",)
-"""Audits that train the model anew and so run only when they are named."""
+ASKED_FOR = ("relearn-time", "extraction-likelihood", "in-context", "in-context-images")
+"""Audits that train the model anew, or ask it many times over, and so run only when they are named."""
 SUITES = {
     "standard": tuple(name for name in registry if name not in ASKED_FOR),
     "quick": ("accuracy", "regression-error", "memorisation", "cost"),

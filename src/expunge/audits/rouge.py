@@ -19,7 +19,7 @@ from expunge.core.errors import NeedsError
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
-from expunge.problems.tokens import TokenData, Tokens
+from expunge.problems.tokens import TokenData
 
 MEASURES = ("recall", "f1", "value", "exact")
 _TEST = "tests/audits/test_rouge.py::test_"
@@ -65,7 +65,7 @@ class Rouge(Audit):
     tokens: int = setting(200, "largest number of new tokens", low=1, source="TOFU")
     samples: int = setting(300, "samples of a split at most", low=1)
     stemmer: bool = setting(False, "reduce English words to stems first, as TOFU does")
-    batch_size: int = setting(16, "prompts at a time; no value depends on it", low=1)
+    batch_size: int = setting(32, "prompts at a time; no value depends on it", low=1)
 
     @property
     def needs(self) -> Needs:
@@ -120,28 +120,13 @@ class Rouge(Audit):
         self, subject: Subject, split: str, ids: Tensor, scorer: Any
     ) -> list[tuple[float, ...]]:
         ends = torch.tensor(end_tokens(subject))
-        asked = [question(row) for row in rows_of(subject, split, ids)]
-        new = self._generate(subject, [prompt for prompt, _ in asked])
+        asked = [row.asked for row in rows_of(subject, split, ids)]
+        new = subject.problem.capability("generate")(
+            subject.model, [p for p, _ in asked], tokens=self.tokens, batch_size=self.batch_size
+        )
         wanted = [answer[~torch.isin(answer, ends)] for _, answer in asked]
         pairs = zip(texts(subject, wanted), texts(subject, new), strict=True)
         return [compare(scorer, answer, said) for answer, said in pairs]
-
-    def _generate(self, subject: Subject, prompts: list[Tensor]) -> list[Tensor]:
-        """New token ids of each prompt, no more than the model's context has room for."""
-        config = getattr(subject.problem.model, "config", None)
-        context = getattr(config, "max_position_embeddings", None)
-        generate = subject.problem.capability("generate")
-        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-        found: dict[int, Tensor] = {}
-        for start in range(0, len(order), self.batch_size):
-            places = order[start : start + self.batch_size]
-            room = self.tokens
-            if context is not None:
-                room = max(1, min(room, context - len(prompts[places[-1]])))
-            some = [prompts[p] for p in places]
-            new = generate(subject.model, some, tokens=room, batch_size=self.batch_size)
-            found |= dict(zip(places, new, strict=True))
-        return [found[n] for n in range(len(prompts))]
 
     def _scorer(self) -> Any:
         try:
@@ -149,14 +134,6 @@ class Rouge(Audit):
         except ImportError as error:
             raise NeedsError("rouge needs rouge-score; pip install 'expunge[llm]'") from error
         return RougeScorer(["rougeL"], use_stemmer=self.stemmer)
-
-
-def question(row: Tokens) -> tuple[Tensor, Tensor]:
-    """Token ids of the prompt and of the answer; of a text without a prompt, its two halves."""
-    if len(row.prompt):
-        return row.prompt, row.answer
-    half = len(row) // 2
-    return row.ids[:half], row.ids[half:]
 
 
 def texts(subject: Subject, rows: list[Tensor]) -> list[str]:

@@ -112,6 +112,33 @@ class Inputs:
     chat: Annotated[
         bool, typer.Option("--chat", help="Put questions into the model's chat template.")
     ] = False
+    secrets: Annotated[
+        str,
+        typer.Option(
+            "--secrets",
+            help="Sensitive segments of records: given by their secret or spans, or detect others too.",
+        ),
+    ] = "given"
+    packing: Annotated[
+        bool,
+        typer.Option("--packing", help="Ask a language model for batches without their padding."),
+    ] = False
+    precision: Annotated[
+        str, typer.Option("--precision", help="Mixed precision in training: no, bf16 or fp16.")
+    ] = "no"
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Compute activations of a transformers model anew in the backward pass: less memory.",
+        ),
+    ] = False
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="Under accelerate launch, spread the model in training over processes."
+        ),
+    ] = False
     recipe: RecipePath = None
     device: Device = "cpu"
     threads: Threads = None
@@ -123,16 +150,24 @@ class Inputs:
         """Open the store and a runtime; `--prune` is checked before.
 
         Raises:
-            SettingError: `--prune` names no pruning.
+            SettingError: `--prune` names no pruning, or `--precision` no precision.
             UserError: the store cannot be opened, or there is no such device.
         """
+        from expunge.core.errors import SettingError
+        from expunge.core.runtime import PRECISIONS
         from expunge.store import Store
         from expunge.suite.bench import Bench
         from expunge.train.prune import Pruning
 
         if self.prune is not None:
             Pruning.parse(self.prune)
+        if self.precision not in PRECISIONS:
+            raise SettingError(
+                f"--precision {self.precision} is not a choice; use {', '.join(PRECISIONS)}"
+            )
         with runtime(self.device, seed, self.threads) as made:
+            made.precision = self.precision
+            made.shard, made.gradient_checkpointing = self.shard, self.gradient_checkpointing
             yield Bench(Store.open(self.store), made)
 
     def request(self, seed: int = 0) -> Request:
@@ -208,7 +243,8 @@ class Inputs:
             return lm_from_disk(
                 str(self.model), forget=self.forget if records else None, retain=self.retain,
                 data=self.data, test=self.test, recipe=recipe, dtype=self.dtype,
-                max_length=self.max_length, long=self.long, chat=self.chat,
+                max_length=self.max_length, long=self.long, chat=self.chat, packing=self.packing,
+                secrets=self.secrets,
             )  # fmt: skip
 
 

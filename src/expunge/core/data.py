@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from expunge.core.errors import DataError, RequestError
 from expunge.core.hashing import hash_tensors
@@ -274,6 +274,24 @@ class Data:
     def without(self, ids: Tensor) -> Tensor:
         """Ids of all samples but `ids`, sorted."""
         return self.ids[~torch.isin(self.ids, ids)].sort().values
+
+    def only(self, ids: Tensor) -> Data:
+        """Return the data of some samples alone, in order of their ids."""
+        places = self.positions(ids.sort().values)
+        source: Any = (
+            (map_inputs(self._x, lambda t: t[places]), None if self._labels is None else self._labels[places])
+            if self._dataset is None
+            else Subset(self._dataset, places.tolist())
+        )  # fmt: skip
+        return Data(source, **self._kept(places))
+
+    def _kept(self, places: Tensor) -> dict[str, Any]:
+        """Ids, names and columns at some positions, as arguments."""
+        return {
+            "ids": self.ids[places],
+            "names": None if self.names is None else [self.names[p] for p in places.tolist()],
+            "columns": {n: v[places.numpy()] for n, v in self.columns.items()},
+        }
 
     def table(self) -> dict[str, np.ndarray]:
         """Columns that a request's `where=` may name: id, label (also as y), name and further ones."""

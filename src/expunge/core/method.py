@@ -198,6 +198,9 @@ def unlearn(
         counted = torch.tensor([cost.samples, cost.gradients], device=runtime.device)
         cost.samples, cost.gradients = runtime.sum(counted).tolist()
     model = outcome.runnable().cpu().eval()
+    for module in model.modules():
+        if callable(check := getattr(module, "check_inside", None)):
+            check()  # a wrapper that was made for other weights than are inside now
     trainable = {n: p.requires_grad for n, p in problem.model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable.get(name, True))

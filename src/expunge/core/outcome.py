@@ -164,8 +164,24 @@ WRAPPERS = {
     "shifted-logits": "expunge.methods.general.dm_direct:ShiftedLogits",
     "lowered-logits": "expunge.methods.text.whp:LoweredLogits",
     "corrupted-prompts": "expunge.train.corrupted_prompts:CorruptedPrompts",
+    "refusing": "expunge.train.refusing:Refusing",
+    "gated-adapters": "expunge.train.gated_adapters:GatedAdapters",
 }
 """Modules that a `Wrapper` can put around a model: `module:class`, called with model and tensors."""
+GUARDS = ("corrupted-prompts", "gated-adapters", "refusing")
+"""Those that look at prompts, and can be taken off."""
+
+
+def unguarded(model: nn.Module) -> nn.Module:
+    """The model inside its guards, with all it knows; the model itself where there is none.
+
+    Args:
+        model: a model, guarded by entries of `GUARDS` or not; it is not changed.
+    """
+    guards = {WRAPPERS[name] for name in GUARDS}
+    while f"{type(model).__module__}:{type(model).__qualname__}" in guards:
+        model = model.get_submodule("unwrapped")
+    return model
 
 
 CHANGES: dict[str, type[Change]] = {c.kind: c for c in (Weights, Delta, Wrapper, Adapter)}

@@ -187,6 +187,24 @@ class Problem:
         other._hashes = {}
         return other
 
+    def about(self, model: nn.Module, train: Data | None = None) -> Self:
+        """Return the same problem about another model, such as one that a request left behind.
+
+        It cannot be rebuilt from a source.
+
+        Args:
+            model: of the same architecture, perhaps wrapped; it is copied.
+            train: training data that is left; as before if None.
+        """
+        other = copy.copy(self)
+        other.model = copy.deepcopy(model).eval()
+        if not any(p.requires_grad for p in other.model.parameters()):
+            other.model.requires_grad_(True)
+        other.train = other.train if train is None else train
+        other.source, other._hashes = {}, {}
+        other.__dict__.pop("_original_subjects", None)  # audits' predictions of the model before
+        return other
+
     def role(self, name: str) -> list[str]:
         """Module names that play a role in *this* model.
 

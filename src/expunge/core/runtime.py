@@ -21,6 +21,8 @@ import torch
 from expunge.core.errors import SettingError
 from expunge.core.outcome import Cost
 
+PRECISIONS = ("no", "bf16", "fp16")
+
 
 class Reporter(Protocol):
     """Where progress goes."""
@@ -111,6 +113,9 @@ class Runtime:
         checkpoint: folder for training checkpoints, or None.
         checkpoint_every: optimiser steps between two checkpoints.
         alone: do not share work with other processes: each does all of it, with the same result.
+        shard: spread a model in training over the processes, in place of a copy in each.
+        gradient_checkpointing: compute activations anew in the backward pass in place of keeping
+            them: about a third more time for much less memory. For transformers models.
         cost: counters of the run in progress.
     """
 
@@ -124,6 +129,8 @@ class Runtime:
     checkpoint: Path | None = None
     checkpoint_every: int = 50
     alone: bool = False
+    shard: bool = False
+    gradient_checkpointing: bool = False
     cost: Cost = field(default_factory=Cost)
 
     def __post_init__(self) -> None:
@@ -230,6 +237,8 @@ class Runtime:
             "threads": self.threads or torch.get_num_threads(),
             "seed": self.seed,
             **({} if self.chunk is None else {"chunk": self.chunk}),
+            **({"shard": True} if self.shard else {}),
+            **({"gradient_checkpointing": True} if self.gradient_checkpointing else {}),
             **({} if self.budget == Budget() else {"budget": asdict(self.budget)}),
         }
 

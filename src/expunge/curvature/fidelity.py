@@ -16,7 +16,7 @@ stream of forward passes is enough: no gradient, no loss, no labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core.data import Batch
-from expunge.core.errors import ExpungeError, ModelError, NeedsError
+from expunge.core.errors import ExpungeError, ModelError, NeedsError, SettingError
 
 Score = Literal["energy", "mean", "max"]
+Counted = Callable[[Batch], Tensor]
 
 DEAD = 1e-12
 """Energies below this share of those beside them count as none."""
@@ -50,6 +51,20 @@ class Contributions:
     def joined(self, other: Contributions) -> Contributions:
         """The contributions over both sets of samples; the layer is the same."""
         return Contributions(self.weight, self.moment + other.moment, self.samples + other.samples)
+
+    def grouped(self, size: int) -> Contributions:
+        """The contributions of groups of neighbouring inputs, such as attention heads.
+
+        Args:
+            size: inputs of each group.
+
+        Raises:
+            SettingError: the layer is none of single inputs that groups of this size make up.
+        """
+        outputs, inputs, kernel = self.weight.shape
+        if kernel != 1 or size < 1 or inputs % size:
+            raise SettingError(f"{inputs} inputs of a kernel of {kernel} make no groups of {size}")
+        return Contributions(self.weight.reshape(outputs, -1, size), self.moment, self.samples)
 
     def gram(self, output: int) -> Tensor:
         r"""Gram matrix \(G^c\) [C_in, C_in] of one output, summed over the samples."""
@@ -114,7 +129,11 @@ class Contributions:
 
 
 def contributions(
-    model: nn.Module, layer: str, batches: Iterable[Batch], forward: Callable[[Batch], Any]
+    model: nn.Module,
+    layer: str,
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], Any],
+    counted: Counted | None = None,
 ) -> Contributions:
     """Run samples through the model and sum the moments of what one layer reads.
 
@@ -124,6 +143,7 @@ def contributions(
             layer's input (tokens) count as samples.
         batches: read once.
         forward: runs the model on a batch.
+        counted: which of a batch's tokens [B, T] count, where some are padding; all if left out.
 
     Returns:
         The contributions; the weight in it is as it was before the passes.
@@ -133,31 +153,64 @@ def contributions(
         ModelError: the layer does not exist, or is not run.
         ExpungeError: what it reads is not finite.
     """
-    module = dict(model.named_modules()).get(layer)
-    if module is None:
-        raise ModelError(f"the model has no layer {layer!r}")
-    weight = split_weight(layer, module)
-    size = weight.shape[1] * weight.shape[2]
-    moment = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-    seen = 0
+    return contributions_of(model, [layer], batches, forward, counted)[layer]
 
-    def read(_module: nn.Module, given: tuple[Any, ...]) -> None:
-        nonlocal seen
-        columns = _columns(module, given[0].detach()).double()
-        moment.addmm_(columns.T, columns)
-        seen += len(columns)
 
-    handle = module.register_forward_pre_hook(read)
+def contributions_of(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], Any],
+    counted: Counted | None = None,
+) -> dict[str, Contributions]:
+    """The same of several layers by one stream of passes; takes and raises what `contributions` does.
+
+    Each layer holds a matrix [C_in·K, C_in·K] in float64 meanwhile.
+    """
+    known = dict(model.named_modules())
+    for layer in layers:
+        if layer not in known:
+            raise ModelError(f"the model has no layer {layer!r}")
+    weights = {layer: split_weight(layer, known[layer]) for layer in layers}
+    sizes = {layer: w.shape[1] * w.shape[2] for layer, w in weights.items()}
+    moments = {
+        layer: torch.zeros(n, n, dtype=torch.float64, device=weights[layer].device)
+        for layer, n in sizes.items()
+    }
+    seen = dict.fromkeys(layers, 0)
+    mask: Tensor | None = None
+
+    def reader(layer: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def read(module: nn.Module, given: tuple[Any, ...]) -> None:
+            columns = _columns(module, given[0].detach())
+            if mask is not None:
+                columns = columns[mask.reshape(-1)]
+            columns = columns.double()
+            moments[layer].addmm_(columns.T, columns)
+            seen[layer] += len(columns)
+
+        return read
+
+    handles = [known[layer].register_forward_pre_hook(reader(layer)) for layer in layers]
     try:
         for batch in batches:
+            mask = None if counted is None else counted(batch).bool()
             forward(batch)
     finally:
-        handle.remove()
-    if not seen:
-        raise ModelError(f"layer {layer!r} was not run by the model")
-    if not bool(moment.isfinite().all()):
-        raise ExpungeError(f"what layer {layer!r} reads is NaN or infinite")
-    return Contributions(weight, moment, seen)
+        for handle in handles:
+            handle.remove()
+    for layer, moment in moments.items():
+        if not seen[layer]:
+            raise ModelError(f"layer {layer!r} was not run by the model")
+        if not bool(moment.isfinite().all()):
+            raise ExpungeError(f"what layer {layer!r} reads is NaN or infinite")
+    return {layer: Contributions(weights[layer], moments[layer], seen[layer]) for layer in layers}
+
+
+def by_output(module: nn.Module) -> Tensor:
+    """A layer's weight as [C_out, C_in, …]: a view, so that writing to it edits the layer."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight.T if _is_transposed(module) else module.weight
 
 
 def split_weight(layer: str, module: nn.Module) -> Tensor:
@@ -166,8 +219,8 @@ def split_weight(layer: str, module: nn.Module) -> Tensor:
     Raises:
         NeedsError: its output is no sum over input channels of a known form.
     """
-    if isinstance(module, nn.Linear):
-        return module.weight.detach()[:, :, None].clone()
+    if _is_linear(module):
+        return by_output(module).detach()[:, :, None].clone()
     if not isinstance(module, nn.Conv2d):
         what = f"is a {type(module).__name__}"
     elif module.groups != 1:
@@ -182,9 +235,18 @@ def split_weight(layer: str, module: nn.Module) -> Tensor:
     )
 
 
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2, whose weight is [C_in, C_out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
 def _columns(module: nn.Module, x: Tensor) -> Tensor:
     """What each output position reads [n, C_in·K]."""
-    if isinstance(module, nn.Linear):
+    if _is_linear(module):
         return x.reshape(-1, x.shape[-1])
     assert isinstance(module, nn.Conv2d)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # unfolding has no half precision
@@ -220,10 +282,26 @@ def keep_inputs(
         compensate: rescale.
     """
     new = torch.zeros_like(found.weight)
-    for output in range(len(new)):
-        scales: Tensor | float = 1.0
-        if compensate:
+    if not compensate:
+        new[:, kept] = found.weight[:, kept]
+    elif found.weight.shape[2] == 1 and bool(found.weight[:, kept].all()):
+        new[:, kept, 0] = _rescaled(found, kept).to(new.dtype)
+    else:
+        for output in range(len(new)):
             scales = found.fidelity(output, kept)[1][:, None].to(new.dtype)
-        new[output, kept] = found.weight[output, kept] * scales
-    assert isinstance(module.weight, Tensor)
-    module.weight.copy_(new.reshape(module.weight.shape))
+            new[output, kept] = found.weight[output, kept] * scales
+    weight = by_output(module)
+    weight.copy_(new.reshape(weight.shape))
+
+
+def _rescaled(found: Contributions, kept: Tensor) -> Tensor:
+    r"""Kept weights [C_out, k] times δ*, of all outputs by one solve instead of one each.
+
+    For a linear layer \(G^c = w_c w_c^T \circ S\), so that \(\delta^* \circ w_{c,K} = S_{KK}^{-1} S_{K:} w_c\),
+    where no weight is 0. Of the weights that are best, those nearest to what they were.
+    """
+    gone = torch.ones(found.weight.shape[1], dtype=torch.bool, device=found.weight.device)
+    gone[kept] = False
+    weight, moment = found.weight[:, :, 0].double(), found.moment
+    solve = torch.linalg.pinv(moment[kept][:, kept], hermitian=True, rtol=1e-10)
+    return weight[:, kept] + weight[:, gone] @ moment[gone][:, kept] @ solve

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from expunge.core.outcome import Outcome
 from expunge.problems.causal_lm import CausalLM
-from expunge.problems.tokens import Tokens
 
 EACH = 3
 """Questions of what is forgotten, and of what is kept."""
@@ -35,7 +32,7 @@ def answers(outcome: Outcome, device: str = "cpu", *, tokens: int = 32) -> list[
     parts = {"forget": forget, "retain": problem.train.without(forget)}
     asked = [(part, int(i)) for part, ids in parts.items() for i in ids[:EACH]]
     places = problem.train.positions([i for _, i in asked]).tolist()
-    split = [_split(problem.train.rows[p]) for p in places]
+    split = [problem.train.rows[p].asked for p in places]
     prompts = [prompt for prompt, _ in split]
     said = {
         name: problem.texts(_generate(problem, model, prompts, device, tokens))
@@ -51,14 +48,6 @@ def answers(outcome: Outcome, device: str = "cpu", *, tokens: int = 32) -> list[
         }
         for n, (part, _) in enumerate(asked)
     ]
-
-
-def _split(row: Tokens) -> tuple[Tensor, Tensor]:
-    prompt: Any = row.prompt
-    if len(prompt):
-        return prompt, row.answer
-    half = max(1, len(row) // 2)
-    return row.ids[:half], row.ids[half:]
 
 
 def _generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -16,9 +17,11 @@ from expunge.core.problem import Problem
 from expunge.problems import replies
 from expunge.problems.generation import generate
 from expunge.problems.lm_roles import lm_roles
-from expunge.problems.taps import read_taps
+from expunge.problems.packing import check_packing, packed_logits, packed_nll
+from expunge.problems.taps import innermost, read_taps
 from expunge.problems.tokens import TokenData
-from expunge.train.token_losses import sequence_mean, token_nll
+from expunge.problems.words import Word, spelled
+from expunge.train.token_losses import predicting, sequence_mean, token_nll
 
 
 class CausalLM(Problem):
@@ -40,6 +43,7 @@ class CausalLM(Problem):
         test: TokenData | None = None,
         *,
         tokenizer: Any = None,
+        packing: bool = False,
         **more: Any,
     ) -> None:
         """Describe a language model and its data.
@@ -49,6 +53,8 @@ class CausalLM(Problem):
             train: training data, from `encode` or made by hand.
             test: held-out data of the same kind.
             tokenizer: turns texts into ids and back; generation and what speaks of texts need it.
+            packing: ask the model for a batch in one row without padding, where there is any: the
+                same numbers to rounding, in less time where lengths differ much.
             **more: keyword arguments of `Problem` (valid=, recipe=, roles=, …).
 
         Raises:
@@ -58,22 +64,47 @@ class CausalLM(Problem):
             if split is not None and not isinstance(split, TokenData):
                 raise DataError("a language model needs TokenData; xp.encode makes it from texts")
         super().__init__(model, train, test, **more)
-        self.tokenizer = tokenizer
-        self._roles = lm_roles(self.model) | self._roles
+        self.tokenizer, self.packing = tokenizer, packing
+        self._roles = lm_roles(innermost(self.model)) | self._roles
 
     def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits [B, T, V]; position t predicts token t + 1."""
-        output = model(**batch.x)
-        return getattr(output, "logits", output)
+        if self._packs(model, batch):
+            return packed_logits(model, batch.x)
+        return self._padded_logits(model, batch)
 
     def token_nll(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood [B, T−1] of each answered token, 0 elsewhere, and the mask."""
+        """Negative log-likelihood [B, T−1] of each answered token, 0 elsewhere, and the mask.
+
+        Logits are made where a sample of the batch is answered, not over its prompts.
+        """
         assert batch.y is not None
-        return token_nll(self.token_logits(model, batch), batch.y)
+        if not _takes_positions(model):
+            return token_nll(self.token_logits(model, batch), batch.y)
+        if self._packs(model, batch):
+            return packed_nll(model, batch.x, batch.y)
+        columns = predicting(batch.y)
+        logits = self._padded_logits(model, batch, logits_to_keep=columns)
+        return token_nll(logits, batch.y, columns)
+
+    def _packs(self, model: nn.Module, batch: Batch) -> bool:
+        # a gate decides row by row, and would see one of a packed batch
+        plain = innermost(model) is model
+        padded = len(batch) > 0 and not bool(batch.x["attention_mask"].all())
+        return self.packing and plain and padded
+
+    def _padded_logits(self, model: nn.Module, batch: Batch, **more: Tensor) -> Tensor:
+        x = batch.x
+        if not len(batch):  # a process' share of a small batch; transformers takes no empty one
+            x = {name: value.new_ones(1, value.shape[1]) for name, value in x.items()}
+        output = model(**x, **more)
+        return getattr(output, "logits", output)[: len(batch)]
 
     def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean negative log-likelihood [B] of each sample's answered tokens."""
-        return sequence_mean(*self.token_nll(model, batch))
+        assert batch.y is not None
+        # over all positions, whose number does not depend on the data: torch.func asks for that
+        return sequence_mean(*token_nll(self.token_logits(model, batch), batch.y))
 
     def alternates(self, batch: Batch, turn: int = 0) -> Batch:
         """An alternate answer of each training sample of a batch; the next one every turn."""
@@ -98,6 +129,14 @@ class CausalLM(Problem):
             said = replies.texts_as_answers(batch, [str(one) for one in said], self.tokenizer)
         ids = [one for one in said if isinstance(one, Tensor)]
         return replies.with_answers(batch, ids, self._marks_of_ends(), self.train.filler)
+
+    def spellings(self, phrase: str | Tensor) -> list[Tensor]:
+        """Token ids a phrase may come in, given as a text or as ids; see `replies.spellings`."""
+        return replies.spellings(phrase, self.tokenizer)
+
+    def without_end(self, batch: Batch) -> list[Tensor]:
+        """Token ids of the answers of a batch, without what ends them."""
+        return [replies.without_end(row, self._marks_of_ends()) for row in replies.rows_of(batch)]
 
     def proposed(
         self,
@@ -131,11 +170,24 @@ class CausalLM(Problem):
             found = replies.texts_as_answers(
                 batch, [t.strip() for t in self.texts(found)], self.tokenizer
             )
-        own = [replies.without_end(row, self._marks_of_ends()) for row in rows]
+        own = self.without_end(batch)
         other = [
             len(new) > 0 and not torch.equal(new, old) for new, old in zip(found, own, strict=True)
         ]
         return found, other
+
+    def spelled(self, ids: Tensor) -> tuple[str, list[Word]]:
+        """The text of token ids [n] and the words in it; without a tokenizer, the ids in digits."""
+        return spelled(ids.cpu(), self.tokenizer)
+
+    def filler(self) -> int:
+        """Token id of the padding."""
+        return self.train.filler
+
+    def column(self, batch: Batch, name: str) -> list[Any]:
+        """What a column of the data says of each sample of a batch."""
+        places = self.train.positions(batch.ids.cpu()).tolist()
+        return [self.train.columns[name][place] for place in places]
 
     def marks(self, batch: Batch) -> Tensor:
         """Whether each token [B, T] of a batch of training samples belongs to a sensitive span."""
@@ -147,9 +199,9 @@ class CausalLM(Problem):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [B, T, V] and outputs [B, T, D] of named modules, from one forward pass."""
         kept: list[Tensor] = []
-        forward = lambda m: kept.append(self.token_logits(m, batch))  # noqa: E731
+        forward = lambda m: kept.append(self._padded_logits(m, batch))  # noqa: E731
         found = read_taps(model, layers, forward, flat=False)
-        return kept[0], found
+        return kept[0], {name: output[: len(batch)] for name, output in found.items()}
 
     def features(self, model: nn.Module, batch: Batch, layers: list[str]) -> dict[str, Tensor]:
         """Outputs [B, D] of named modules, averaged over each sample's real tokens."""
@@ -167,21 +219,22 @@ class CausalLM(Problem):
         prompts: Sequence[Tensor],
         *,
         tokens: int = 64,
-        batch_size: int = 16,
+        batch_size: int = 32,
         temperature: float = 0.0,
         seeds: Sequence[int] = (),
     ) -> list[Tensor]:
-        """Continuations of prompts of token ids, greedy or drawn; see `generation.generate`."""
+        """Continuations of prompts of token ids, within the model's context; see `generation.generate`."""
+        config = getattr(innermost(self.model), "config", None)
+        context = getattr(config, "max_position_embeddings", None)
         return generate(
             model, prompts, tokens=tokens, batch_size=batch_size, temperature=temperature,
-            seeds=seeds, filler=self.train.filler, ends=self.ends(),
+            seeds=seeds, filler=self.train.filler, ends=self.ends(), context=context,
         )  # fmt: skip
 
     def ends(self) -> list[int]:
         """Token ids that end a text."""
-        config = getattr(self.model, "generation_config", None) or getattr(
-            self.model, "config", None
-        )
+        model = innermost(self.model)
+        config = getattr(model, "generation_config", None) or getattr(model, "config", None)
         found = getattr(config, "eos_token_id", None)
         found = found if isinstance(found, list) else [found]
         own = getattr(self.tokenizer, "eos_token_id", None)
@@ -195,6 +248,17 @@ class CausalLM(Problem):
         """
         words = self._words()
         return [words.decode(r.tolist(), skip_special_tokens=True) for r in rows]
+
+    def tokenizer_text(self) -> str:
+        """The tokenizer as the JSON text that the tokenizers package reads.
+
+        Raises:
+            NeedsError: there is none, or it has no such form.
+        """
+        inner = getattr(self._words(), "backend_tokenizer", None)
+        if inner is None:
+            raise NeedsError("the tokenizer is not a fast one and cannot be written with the model")
+        return str(inner.to_str())
 
     def _words(self) -> Any:
         if self.tokenizer is None:
@@ -216,7 +280,7 @@ class CausalLM(Problem):
         parameter = next(self.model.parameters())
         try:
             with torch.no_grad():
-                logits = self.token_logits(self.model, batch.to(parameter.device))
+                logits = self._padded_logits(self.model, batch.to(parameter.device))
         except Exception as error:  # somebody else's model may raise anything
             line = next(iter(str(error).splitlines()), type(error).__name__)
             raise ModelError(f"the model does not take these tokens: {line}") from error
@@ -224,6 +288,8 @@ class CausalLM(Problem):
             raise ModelError(f"the model must give logits [B, T, V], not {tuple(logits.shape)}")
         if not bool(torch.isfinite(logits).all()):
             raise ModelError("the model gives NaN or infinite logits on its training data")
+        if self.packing and innermost(self.model) is self.model:
+            check_packing(self.model, batch.to(parameter.device).x, logits)
 
     def fingerprint(self) -> dict[str, str | None]:
         """Hashes of weights and data, and of the tokenizer's vocabulary."""
@@ -231,10 +297,11 @@ class CausalLM(Problem):
         return super().fingerprint() | {"tokenizer": content_key([words])}
 
     def _check_ids(self) -> None:
-        get = getattr(self.model, "get_input_embeddings", lambda: None)
+        model = innermost(self.model)
+        get = getattr(model, "get_input_embeddings", lambda: None)
         table = get()
         size = None if table is None else table.weight.shape[0]
-        longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         for split in (self.train, self.test, self.valid):
             for row in [] if split is None else split.rows:
                 if size is not None and int(row.ids.max()) >= size:
@@ -247,3 +314,8 @@ class CausalLM(Problem):
                         f"a sequence has {len(row)} tokens, the model's context {longest}; encode it "
                         "with max_length="
                     )
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether a model can be asked for logits at some positions alone, as those of transformers."""
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters

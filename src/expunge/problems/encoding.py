@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from expunge.problems.tokens import TokenData, Tokens
 
 Record = Mapping[str, Any]
 Long = Literal["error", "cut", "split"]
+Touch = Literal["overlap", "adjacent"]
 FORMS = {"text": ("text",), "question": ("question", "answer"), "messages": ("messages",)}
 QUESTION = "Question: {question}\nAnswer:"
 """What a question looks like where no chat template is used; the answer follows after a space."""
@@ -27,6 +29,7 @@ def encode(
     long: Long = "error",
     chat: bool = False,
     ids: Sequence[int] | None = None,
+    touch: Touch = "overlap",
 ) -> TokenData:
     """Turn records into token data.
 
@@ -34,6 +37,9 @@ def encode(
     last one the assistant's). Of a text all tokens are answered, of the others the last answer and
     the end of text. Further keys become columns that a request's `where=` may name; `alternate`, a
     text or a list of texts, holds other answers to the same question.
+
+    A `text` or an `answer` may hold sensitive segments, whose tokens are marked: `secret`, a text or a list
+    of texts that occur in it, and `spans`, pairs of character offsets `[start, end)`.
 
     Args:
         records: at least one; all of one form.
@@ -43,14 +49,16 @@ def encode(
             samples of their own.
         chat: put questions into the tokenizer's chat template, as a user's turn.
         ids: stable integer ids; positions when left out.
+        touch: tokens that are marked: those that `overlap` a segment, or those `adjacent` to one too.
 
     Returns:
         The data; padding uses the tokenizer's padding token, or 0, which nothing attends to.
 
     Raises:
-        DataError: records differ in form, lack something, are too long, or leave no answer.
+        DataError: records differ in form, lack something, are too long, or leave no answer; or a
+            sensitive segment is not where it is said to be.
     """
-    encoder = Encoder(tokenizer, chat)
+    encoder = Encoder(tokenizer, chat, touch)
     rows, columns, alternates, kept = [], [], [], []
     form = None
     for place, record in enumerate(records):
@@ -83,35 +91,52 @@ def encode(
 
 
 _PLAIN = (str, int, float, bool)
-_OWN = {"text", "question", "answer", "messages", "alternate", "spans"}
+_OWN = {"text", "question", "answer", "messages", "alternate", "spans", "secret"}
 
 
 class Encoder:
     """Turns single records into tokens, and questions into prompts."""
 
-    def __init__(self, tokenizer: Any, chat: bool = False) -> None:
-        """Keep the tokenizer.
+    def __init__(self, tokenizer: Any, chat: bool = False, touch: Touch = "overlap") -> None:
+        """Keep the tokenizer, and which tokens of a sensitive segment are marked.
 
         Raises:
             DataError: a chat is wanted and the tokenizer has no template.
         """
-        self.tokenizer, self.chat = tokenizer, chat
+        self.tokenizer, self.chat, self.touch = tokenizer, chat, touch
         self._asked: dict[str, list[int]] = {}
         self.filler = int(getattr(tokenizer, "pad_token_id", None) or 0)
         if chat:
             self._need_template()
 
     def __call__(self, record: Record, place: int = 0) -> Tokens:
-        """Tokens of a record; a text may hold `spans`, pairs of character offsets, to be marked."""
+        """Tokens of a record, those of its `spans` and `secret` marked."""
         form = _form(record, place)
+        spans = sensitive(record, place)
         if form == "text":
-            return self._text(str(record["text"]), record.get("spans"))
+            ids, marked = self._marked(str(record["text"]), spans)
+            first, last = self._begin, self._end()
+            ids = [*first, *ids, *last]
+            return Tokens(
+                torch.tensor(ids),
+                torch.ones(len(ids), dtype=torch.bool),
+                _around(len(first), marked, len(last)),
+            )
         if form == "messages" or self.chat:
+            if spans:
+                raise DataError(
+                    f"record {place}: sensitive segments are marked in a `text`, or in an `answer` "
+                    "without a chat template"
+                )
             turns = record["messages"] if form == "messages" else _turns(record)
             return self._chat(turns, place)
-        prompt = self.prompt(str(record["question"]))
-        answer = self._ids(f" {str(record['answer']).strip()}") + self._end()
-        return _joined(prompt, answer)
+        prompt, said = self.prompt(str(record["question"])), str(record["answer"])
+        moved = 1 - (len(said) - len(said.lstrip()))  # by the space in front of what is left
+        answer, marked = self._marked(
+            f" {said.strip()}", [(a + moved, b + moved) for a, b in spans]
+        )
+        last = self._end()
+        return _joined(prompt, answer + last, _around(len(prompt), marked, len(last)))
 
     def prompt(self, question: str) -> list[int]:
         """Token ids of a question, up to where its answer begins."""
@@ -123,18 +148,19 @@ class Encoder:
             }
         return self._asked[question]
 
-    def _text(self, text: str, spans: Any) -> Tokens:
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(spans))
-        first, last = self._begin, self._end()
-        ids = [*first, *found["input_ids"], *last]
-        marked = None
-        if spans:
-            inside = [
-                any(a < end and start < b for start, end in spans)
-                for a, b in found["offset_mapping"]
-            ]
-            marked = torch.tensor([False] * len(first) + inside + [False] * len(last))
-        return Tokens(torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool), marked)
+    def _marked(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """Token ids of a text, and which of them touch a span; an empty list where there is none."""
+        if not spans:
+            return self._ids(text), []
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise DataError("the tokenizer does not say where its tokens lie; take a fast one")
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        reach = int(self.touch == "adjacent")
+        inside = [
+            any(a < end + reach and start < b + reach for start, end in spans)
+            for a, b in found["offset_mapping"]
+        ]
+        return list(found["input_ids"]), inside
 
     def _chat(self, turns: Sequence[Mapping[str, str]], place: int) -> Tokens:
         if not turns or turns[-1].get("role") != "assistant":
@@ -174,10 +200,41 @@ class Encoder:
         return [] if own is None else [own]
 
 
-def _joined(prompt: Sequence[int], answer: Sequence[int]) -> Tokens:
+def sensitive(record: Record, place: int = 0) -> list[tuple[int, int]]:
+    """Character offsets of a record's sensitive segments in its `text` or `answer`.
+
+    Raises:
+        DataError: a secret does not occur there, or a span is no part of it.
+    """
+    text = str(record.get("text", record.get("answer", "")))
+    spans = []
+    for span in record.get("spans") or ():
+        pair = tuple(span) if isinstance(span, (list, tuple)) else ()
+        if len(pair) != 2 or not all(isinstance(n, int) for n in pair) or not 0 <= pair[0] < pair[1] <= len(text):  # fmt: skip
+            raise DataError(
+                f"record {place}: `spans` are pairs [start, end] of characters within the {len(text)} "
+                f"of the text, not {span!r}"
+            )
+        spans.append((pair[0], pair[1]))
+    for secret in _list(record.get("secret")):
+        starts = [m.start() for m in re.finditer(re.escape(str(secret)), text)] if secret else []
+        if not starts:
+            raise DataError(
+                f"record {place}: its `secret` does not occur in the text as it stands; give the text, or "
+                "a list of texts"
+            )
+        spans += [(start, start + len(str(secret))) for start in starts]
+    return spans
+
+
+def _around(before: int, marked: list[bool], after: int) -> Tensor | None:
+    return torch.tensor([False] * before + marked + [False] * after) if marked else None
+
+
+def _joined(prompt: Sequence[int], answer: Sequence[int], marked: Tensor | None = None) -> Tokens:
     answered = torch.zeros(len(prompt) + len(answer), dtype=torch.bool)
     answered[len(prompt) :] = True
-    return Tokens(torch.tensor([*prompt, *answer]), answered)
+    return Tokens(torch.tensor([*prompt, *answer]), answered, marked)
 
 
 def _form(record: Record, place: int) -> str:
@@ -210,7 +267,12 @@ def _answered(record: Record, other: str) -> Record:
 
 
 def _list(value: Any) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    """A text or several as a list; a number counts as a text."""
+    if value is None:
+        return []
+    return (
+        list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [str(value)]
+    )
 
 
 def _fit(tokens: Tokens, place: int, most: int | None, long: Long, form: str) -> list[Tokens]:

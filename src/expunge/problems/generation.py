@@ -1,11 +1,18 @@
-"""Generation in batches with a key–value cache: greedy, or drawn at a temperature."""
+"""Generation in batches with a key–value cache: greedy, or drawn at a temperature.
+
+A batch is kept full: when a quarter of its rows have ended, they leave it and the next prompts take
+their places. Where a model's cache cannot be cut and joined, a batch goes on until all of it has ended.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from expunge.core.errors import SettingError
 
 
 @torch.no_grad()
@@ -16,92 +23,181 @@ def generate(
     tokens: int,
     ends: Sequence[int],
     filler: int = 0,
-    batch_size: int = 16,
+    batch_size: int = 32,
     temperature: float = 0.0,
     seeds: Sequence[int] = (),
+    context: int | None = None,
 ) -> list[Tensor]:
     r"""Continue prompts greedily, or with tokens drawn from \(\mathrm{softmax}(z / T)\).
 
-    Prompts of similar length share a batch, padded on the left; a batch ends when all of it has.
+    Prompts are taken longest first, padded on the left.
 
     Args:
         model: a transformers model; its mode is restored.
         prompts: token ids [T] of each prompt.
-        tokens: largest number of new tokens.
+        tokens: largest number of new tokens; 0 gives none.
         ends: token ids that end a text; they are not in the result.
         filler: token id of the padding, which no token attends to.
         batch_size: prompts at a time.
         temperature: T; 0 takes the most likely token.
         seeds: one a prompt, if T > 0: what is drawn for a prompt depends on its own seed only.
+        context: most tokens of prompt and continuation together; one is made also behind a prompt that
+            fills it.
 
     Returns:
         New token ids of each prompt, in the order given.
+
+    Raises:
+        SettingError: the temperature is above 0 and there is not one seed for each prompt.
     """
-    device = next(model.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    found: dict[int, Tensor] = {}
+    if temperature > 0 and len(seeds) != len(prompts):
+        raise SettingError(
+            f"a temperature above 0 draws tokens and needs one seed a prompt: {len(seeds)} seeds for "
+            f"{len(prompts)} prompts"
+        )
+    if tokens < 1:
+        return [torch.zeros(0, dtype=torch.long) for _ in prompts]
+    room = [tokens if context is None else max(1, min(tokens, context - len(p))) for p in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     draws = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else []
-    training = model.training
+    said: list[list[int]] = [[] for _ in prompts]
+    stops, training = frozenset(ends), model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            pick = _Pick(temperature, [draws[p] for p in places] if draws else [])
-            new = _continue([prompts[p] for p in places], model, tokens, ends, filler, device, pick)
-            found |= dict(zip(places, new, strict=True))
+        rows = _Rows(model, filler)
+        while waiting or rows.live:
+            ended = len(rows.places) - len(rows.live)
+            free = batch_size - len(rows.live)
+            if (not rows.live or (rows.movable and 4 * ended >= len(rows.places))) and ended:
+                rows.drop_ended()
+            if waiting and (not rows.places or (rows.movable and 4 * free >= batch_size)):
+                some, waiting = waiting[:free], waiting[free:]
+                logits = rows.admit(some, [prompts[n] for n in some])
+            else:
+                logits, some = rows.step(), rows.places
+            chosen = _pick(logits, temperature, [draws[n] for n in some] if draws else [])
+            rows.take(some, chosen)
+            for n, token in zip(some, chosen.tolist(), strict=True):
+                if n not in rows.live:
+                    continue
+                if token not in stops:
+                    said[n].append(token)
+                if token in stops or len(said[n]) == room[n]:
+                    rows.live.remove(n)
     finally:
         model.train(training)
-    return [found[n] for n in range(len(prompts))]
+    return [torch.tensor(row, dtype=torch.long) for row in said]
 
 
-class _Pick:
-    """Chooses the next token [B, 1] from logits [B, V]."""
-
-    def __init__(self, temperature: float, draws: Sequence[torch.Generator]) -> None:
-        self.temperature, self.draws = temperature, draws
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if not self.draws:
-            return logits.argmax(-1, keepdim=True)
-        reached = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
-        levels = torch.stack([torch.rand((), generator=g, dtype=torch.double) for g in self.draws])
-        found = torch.searchsorted(reached, levels.to(logits.device)[:, None], right=True)
-        return found.clamp(max=logits.shape[-1] - 1)
+def _pick(logits: Tensor, temperature: float, draws: Sequence[torch.Generator]) -> Tensor:
+    """The next token [B] from logits [B, V]."""
+    if not draws:
+        return logits.argmax(-1)
+    reached = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    levels = torch.stack([torch.rand((), generator=g, dtype=torch.double) for g in draws])
+    found = torch.searchsorted(reached, levels.to(logits.device)[:, None], right=True)[:, 0]
+    return found.clamp(max=logits.shape[-1] - 1)
 
 
-def _continue(
-    prompts: list[Tensor],
-    model: nn.Module,
-    tokens: int,
-    ends: Sequence[int],
-    filler: int,
-    device: torch.device,
-    pick: _Pick,
-) -> list[Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), filler)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    stops = torch.tensor(list(ends), device=device, dtype=torch.long)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    cache, open_, said = None, torch.ones(len(prompts), dtype=torch.bool, device=device), []
-    for _ in range(tokens):
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=places,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
+class _Rows:
+    """Sequences that grow side by side.
+
+    Attributes:
+        places: which prompt each row of the cache belongs to.
+        live: those that have not ended.
+        movable: whether rows of the cache can be dropped and added.
+    """
+
+    def __init__(self, model: nn.Module, filler: int) -> None:
+        self.model, self.filler = model, filler
+        self.device = next(model.parameters()).device
+        self.places: list[int] = []
+        self.live: set[int] = set()
+        self.movable = False
+        self._cache: Any = None
+        self._last = self._at = self._mask = torch.zeros(0, 0, dtype=torch.long)
+
+    def admit(self, places: list[int], prompts: list[Tensor]) -> Tensor:
+        """Read prompts and give them rows; logits [B, V] of their first tokens."""
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self.filler)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+        mask = mask.to(self.device)
+        at = (mask.cumsum(1) - 1).clamp(min=0)
+        output = self._ask(ids.to(self.device), mask, at, None)
+        if self.places:
+            _join(self._cache, output.past_key_values)
+            wide = max(self._mask.shape[1], width)
+            self._mask = torch.cat([_wider(m, wide) for m in (self._mask, mask)])
+            self._at = torch.cat([self._at, at[:, -1:]])
+        else:
+            self._cache, self._mask, self._at = output.past_key_values, mask, at[:, -1:]
+            self._last = self._at.new_zeros(0, 1)
+        self.movable = _movable(self.model, self._cache)
+        self.places = [*self.places, *places]
+        self.live |= set(places)
+        return output.logits[:, -1]
+
+    def step(self) -> Tensor:
+        """Logits [B, V] of the next token of every row."""
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], 1)
+        self._at = self._at + 1
+        output = self._ask(self._last, self._mask, self._at, self._cache)
+        self._cache = output.past_key_values
+        return output.logits[:, -1]
+
+    def take(self, places: list[int], chosen: Tensor) -> None:
+        """Note the tokens [B] that were chosen for all rows, or for those just admitted."""
+        kept = self._last[: len(self.places) - len(places)]
+        self._last = torch.cat([kept, chosen[:, None]])
+
+    def drop_ended(self) -> None:
+        """Free the rows of sequences that have ended."""
+        if not self.live:
+            self.places = []
+            return
+        stay = [row for row, n in enumerate(self.places) if n in self.live]
+        rows = torch.tensor(stay, device=self.device)
+        self.places = [self.places[row] for row in stay]
+        self._last, self._at, self._mask = self._last[rows], self._at[rows], self._mask[rows]
+        empty = int(self._mask.argmax(1).min())  # columns that are padding in every row
+        self._mask = self._mask[:, empty:]
+        for layer in self._cache.layers:
+            if layer.is_initialized:
+                layer.keys = layer.keys[rows][:, :, empty:]
+                layer.values = layer.values[rows][:, :, empty:]
+
+    def _ask(self, ids: Tensor, mask: Tensor, at: Tensor, cache: Any) -> Any:
+        return self.model(
+            input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-        cache = output.past_key_values
-        ids = pick(output.logits[:, -1])
-        open_ &= ~torch.isin(ids[:, 0], stops)
-        if not bool(open_.any()):
-            break
-        said.append(torch.where(open_, ids[:, 0], -1))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        places = places[:, -1:] + 1
-    if not said:
-        return [torch.zeros(0, dtype=torch.long) for _ in prompts]
-    rows = torch.stack(said, 1).cpu()
-    return [row[row >= 0] for row in rows]
+
+
+def _movable(model: nn.Module, cache: Any) -> bool:
+    """Whether a cache is plain keys and values, of a model that remembers nothing else of its rows."""
+    from transformers import PreTrainedModel
+
+    layers = getattr(cache, "layers", [])
+    plain = all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+    return isinstance(model, PreTrainedModel) and bool(layers) and plain
+
+
+def _join(cache: Any, more: Any) -> None:
+    """Add the rows of another cache, both padded on the left to the longer of them."""
+    for layer, new in zip(cache.layers, more.layers, strict=True):
+        if layer.is_initialized:
+            width = max(layer.keys.shape[2], new.keys.shape[2])
+            layer.keys = torch.cat([_longer(k, width) for k in (layer.keys, new.keys)])
+            layer.values = torch.cat([_longer(v, width) for v in (layer.values, new.values)])
+
+
+def _wider(mask: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(mask, (width - mask.shape[1], 0))
+
+
+def _longer(states: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(states, (0, 0, width - states.shape[2], 0))

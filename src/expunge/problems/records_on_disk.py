@@ -14,12 +14,14 @@ from expunge.problems._foreign import first_line
 from expunge.problems.causal_lm import CausalLM
 from expunge.problems.encoding import FORMS, Long, encode
 from expunge.problems.lm_on_disk import BUNDLED, lm_folder, load_lm
+from expunge.problems.secrets import mark_secrets
 from expunge.problems.tokens import TokenData
 
 PART = "part"
 """Column that says which file a sample is from: `forget` or `retain`."""
 FORGET = f"{PART} == 'forget'"
 LONG = ("error", "cut", "split")
+SECRETS = ("given", "detect")
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -74,6 +76,8 @@ def lm_from_disk(
     max_length: int | None = None,
     long: str = "error",
     chat: bool = False,
+    secrets: str = "given",
+    packing: bool = False,
 ) -> CausalLM:
     """Put a language model and records together, and look at all of it once.
 
@@ -91,6 +95,9 @@ def lm_from_disk(
             cut or split.
         long: what happens to longer ones, see `encode`.
         chat: whether questions go into the chat template.
+        secrets: sensitive segments that are marked: those `given` by a record's `secret` or `spans`,
+            or those that `detect` finds too (see `secrets.py`).
+        packing: ask the model for a batch without its padding, see `CausalLM`.
 
     Returns:
         The problem; its `source` says how to build it again.
@@ -98,11 +105,13 @@ def lm_from_disk(
     Raises:
         ModelError: the model cannot be read.
         DataError: the data cannot be read, or does not fit the model.
-        SettingError: `long` is no choice.
+        SettingError: `long` or `secrets` is no choice.
         UserError: neither `data` nor both of the others were given.
     """
     if long not in LONG:
         raise SettingError(f"long={long!r} is not a choice; use {', '.join(LONG)}")
+    if secrets not in SECRETS:
+        raise SettingError(f"secrets={secrets!r} is not a choice; use {' or '.join(SECRETS)}")
     given = (forget is not None, retain is not None, data is not None)
     if given not in ((True, True, False), (False, False, True)):
         raise UserError(
@@ -114,6 +123,9 @@ def lm_from_disk(
         files = {"forget": forget, "retain": retain}
     records = {part: read_records(str(path)) for part, path in files.items()}  # before the model
     held_out = None if test is None else read_records(test)
+    if secrets == "detect":
+        records = {part: mark_secrets(rows) for part, rows in records.items()}
+        held_out = None if held_out is None else mark_secrets(held_out)
     network, tokenizer = load_lm(model, dtype, revision)
     if max_length is None and long != "error":
         max_length = getattr(getattr(network, "config", None), "max_position_embeddings", None)
@@ -125,6 +137,7 @@ def lm_from_disk(
         _encode(records, files, tokenizer, more),
         None if held_out is None else _encode({"test": held_out}, {"test": test}, tokenizer, more),
         tokenizer=tokenizer,
+        packing=packing,
         recipe=recipe,
         name=Path(model).expanduser().resolve().name if Path(model).exists() else model,
         source={
@@ -135,6 +148,8 @@ def lm_from_disk(
             "test": _absolute(test),
             "dtype": dtype,
             **more,
+            **({"secrets": secrets} if secrets != "given" else {}),
+            **({"packing": True} if packing else {}),
         },
     )
     problem.check()

@@ -12,8 +12,7 @@ from torch import Tensor
 from expunge.core.data import Batch
 from expunge.core.errors import DataError, NeedsError
 from expunge.problems.encoding import Encoder
-from expunge.problems.tokens import Tokens, pad
-from expunge.train.token_losses import IGNORED
+from expunge.problems.tokens import Tokens, pad, unpadded
 
 _TAIL = 3
 """An answer ends with at most so many tokens that are not its text, such as a mark and a line break."""
@@ -30,12 +29,7 @@ def rows_of(batch: Batch) -> list[Tokens]:
     Raises:
         DataError: a sequence is all answer, so that there is no question to answer otherwise.
     """
-    assert batch.y is not None
-    rows = []
-    for ids, mask, labels in zip(
-        batch.x["input_ids"], batch.x["attention_mask"].bool(), batch.y, strict=True
-    ):
-        rows.append(Tokens(ids[mask].cpu(), labels[mask].cpu() != IGNORED))
+    rows = unpadded(batch)
     if not all(len(row.prompt) for row in rows):
         raise DataError("a text has no question; other answers need questions with answers")
     return rows
@@ -82,6 +76,29 @@ def texts_as_answers(batch: Batch, texts: Sequence[str], tokenizer: Any) -> list
         ids = tokenizer(space + text, add_special_tokens=False)["input_ids"]
         found.append(torch.tensor(ids, dtype=torch.long))
     return found
+
+
+def spellings(phrase: str | Tensor, tokenizer: Any) -> list[Tensor]:
+    """Token ids a phrase may come in: at the start of a text or after a space, in several cases.
+
+    Args:
+        phrase: a text, or the token ids of one, which are among those returned.
+        tokenizer: of transformers; without one a text is token ids with spaces between them.
+
+    Returns:
+        Each once; other ways to cut the same text into tokens exist.
+
+    Raises:
+        NeedsError: there is no tokenizer and a text is none of these.
+    """
+    if tokenizer is None:
+        return [phrase if isinstance(phrase, Tensor) else _as_ids(phrase)]
+    found = [] if isinstance(phrase, str) else [phrase.tolist()]
+    text = phrase if isinstance(phrase, str) else tokenizer.decode(phrase.tolist())
+    for form in (text, text.lower(), text.upper(), text.title()):
+        for space in ("", " "):
+            found.append(tokenizer(space + form.strip(), add_special_tokens=False)["input_ids"])
+    return [torch.tensor(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]
 
 
 def asking_for_another(batch: Batch, tokenizer: Any) -> list[Tensor]:

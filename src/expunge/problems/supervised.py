@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Batch
-from expunge.core.errors import ModelError
+from expunge.core.errors import ModelError, NeedsError
 from expunge.core.problem import Problem
+from expunge.problems.lm_roles import lm_roles
 from expunge.problems.taps import leaf_layers, penultimate, read_taps
 
 
@@ -40,6 +41,20 @@ class Supervised(Problem):
     def penultimate(self, model: nn.Module, batch: Batch) -> Tensor:
         """Input [B, d] of the last layer, with its gradient."""
         return penultimate(model, self.role("last layer")[0], lambda m: self.outputs(m, batch))
+
+    def role(self, name: str) -> list[str]:
+        """Module names that play a role; in a transformer also those of its blocks (`mlp out`, …).
+
+        Raises:
+            NeedsError: no module plays it.
+        """
+        try:
+            return super().role(name)
+        except NeedsError:
+            found = lm_roles(self.model).get(name)
+            if found is None:
+                raise
+            return found
 
     def layers(self) -> list[str]:
         """Names of the layers that `features` is usually asked for, input to output."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -71,8 +70,19 @@ def read_taps(
     return found
 
 
-def penultimate(model: nn.Module, last: str, forward: Callable[[nn.Module], Any]) -> Tensor:
-    """Return the input [B, d] of the last layer `last` in one forward pass.
+def penultimate(
+    model: nn.Module, last: str, forward: Callable[[nn.Module], Any], *, flat: bool = True
+) -> Tensor:
+    """Return the input of the last layer `last` in one forward pass.
+
+    Args:
+        model: the model.
+        last: name of its last layer.
+        forward: runs the model once.
+        flat: flatten beyond the batch dimension.
+
+    Returns:
+        [B, d] if flattened, else [B, …, d].
 
     Raises:
         ModelError: the layer does not exist, or was not run.
@@ -82,7 +92,7 @@ def penultimate(model: nn.Module, last: str, forward: Callable[[nn.Module], Any]
         raise ModelError(f"the model has no layer {last!r}")
     found: list[Tensor] = []
     handle = module.register_forward_pre_hook(
-        lambda _m, inputs: found.append(torch.flatten(inputs[0], 1))
+        lambda _m, inputs: found.append(inputs[0].flatten(1) if flat else inputs[0])
     )
     try:
         forward(model)
@@ -93,8 +103,15 @@ def penultimate(model: nn.Module, last: str, forward: Callable[[nn.Module], Any]
     return found[0]
 
 
+def innermost(model: nn.Module) -> nn.Module:
+    """The model inside all its wrappers; the model itself where there is none."""
+    while isinstance(inside := getattr(model, "unwrapped", None), nn.Module):
+        model = inside
+    return model
+
+
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by the names they have in the original; a wrapper says what it is around."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    return dict(getattr(model, "unwrapped", model).named_modules())
+    return dict(innermost(model).named_modules())

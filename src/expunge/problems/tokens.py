@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from expunge.core.data import Batch, Data
 from expunge.core.errors import DataError, NeedsError
+from expunge.core.hashing import content_key, hash_tensors
 from expunge.train.token_losses import IGNORED
 
 
@@ -46,6 +47,14 @@ class Tokens:
         """Ids of the answered tokens."""
         return self.ids[self.answered]
 
+    @property
+    def asked(self) -> tuple[Tensor, Tensor]:
+        """Ids of the prompt and of the answer; of a text without a prompt, its two halves."""
+        if len(self.prompt):
+            return self.prompt, self.answer
+        half = len(self) // 2
+        return self.ids[:half], self.ids[half:]
+
 
 def pad(rows: Sequence[Tokens], filler: int) -> tuple[dict[str, Tensor], Tensor]:
     """Pad sequences on the right to the longest of them.
@@ -67,6 +76,14 @@ def pad(rows: Sequence[Tokens], filler: int) -> tuple[dict[str, Tensor], Tensor]
         mask[row, :length] = 1
         labels[row, :length] = torch.where(tokens.answered, tokens.ids, IGNORED)
     return {"input_ids": inputs, "attention_mask": mask}, labels
+
+
+def unpadded(batch: Batch) -> list[Tokens]:
+    """The sequences of a batch with labels, on CPU: what `pad` made it of."""
+    assert batch.y is not None
+    real = batch.x["attention_mask"].bool().cpu()
+    columns = zip(batch.x["input_ids"].cpu(), batch.y.cpu(), real, strict=True)
+    return [Tokens(ids[there], labels[there] != IGNORED) for ids, labels, there in columns]
 
 
 class _Rows(Dataset[Any]):
@@ -104,10 +121,14 @@ class TokenData(Data):
             alternates: other sequences for each sample, such as refusals or perturbed answers.
 
         Raises:
-            DataError: a sequence is empty or has no answered token after its first, or the
-                alternates are not as many as the samples.
+            DataError: a sequence is empty or has no answered token after its first, or its marks or
+                the alternates are not as many as they should be.
         """
         for place, row in enumerate(rows):
+            if row.marked is not None and len(row.marked) != len(row):
+                raise DataError(
+                    f"sample {place} has {len(row)} tokens but marks for {len(row.marked)}"
+                )
             if len(row) < 2 or not bool(row.answered[1:].any()):
                 raise DataError(
                     f"sample {place} has no token to answer; a loss needs one after the first"
@@ -123,6 +144,17 @@ class TokenData(Data):
     def labelled(self) -> bool:
         """Always: what is to be said is its own label."""
         return True
+
+    def only(self, ids: Tensor) -> TokenData:
+        """Return the data of some samples alone, in order of their ids."""
+        places = self.positions(ids.sort().values)
+        alternates = self.alternates
+        return TokenData(
+            [self.rows[p] for p in places.tolist()],
+            filler=self.filler,
+            alternates=None if alternates is None else [alternates[p] for p in places.tolist()],
+            **self._kept(places),
+        )
 
     def fetch(self, ids: Tensor) -> Batch:
         """Read the samples `ids` into one batch padded to its longest, in that order."""
@@ -151,6 +183,16 @@ class TokenData(Data):
             if marked is not None:
                 found[row, : len(marked)] = marked
         return found
+
+    def fingerprint(self) -> str:
+        """SHA-256 over ids, tokens, what is answered and what is marked."""
+        found = super().fingerprint()
+        marked = {
+            str(place): row.marked
+            for place, row in enumerate(self.rows)
+            if row.marked is not None and bool(row.marked.any())
+        }
+        return content_key([found, hash_tensors(marked)]) if marked else found
 
     def _batch(self, rows: list[Tokens], ids: Tensor) -> Batch:
         # one process' share of a small batch may be empty; its shape still has to be right

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 
 from expunge.core.audit import Audit, Subject
-from expunge.core.data import Data
+from expunge.core.data import Batch, Data
 from expunge.core.errors import AccessError, ExpungeError, Interrupted, NeedsError, SettingError
 from expunge.core.hashing import hash_model
 from expunge.core.method import Method, Prepared, prepare, prepared_key, unlearn
@@ -30,7 +30,7 @@ from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime, Silent
 from expunge.problems.classification import Classification
-from expunge.train.token_losses import answered, targets
+from expunge.suite.probes import PROBES
 from expunge.workloads import registry as workloads
 
 
@@ -285,43 +285,26 @@ def counts_its_cost(method: Method) -> None:
 def moves_toward_the_reference(method: Method) -> None:
     """With tuned settings it is closer to the retrained model and keeps the rest."""
     problem, request = problem_for(method.domain), request_for(method.domain)
-    regression, texts = problem.kind == "regression", problem.kind == "causal-lm"
+    probe, splits = PROBES[problem.kind], problem.split(request)
     tuned = type(method).create({**method.in_force(), **problem.tuned.get(method.name, {})})
     after = run(tuned).runnable()
-    # what answers known inputs only is asked about those; facts are not held by other samples either
-    known = texts or getattr(method, "known_inputs_only", False)
-    split = "forget-train" if known else "forget-test"
+
+    def batch_of(side: str, held_out: bool) -> Batch:
+        data = problem.test if held_out else problem.train
+        assert data is not None
+        return data.fetch(splits[f"{side}-{'test' if held_out else 'train'}"])
+
+    # what answers known inputs only is asked about those
+    held_out = probe.held_out and not getattr(method, "known_inputs_only", False)
+    forgotten, rest = batch_of("forget", held_out), batch_of("retain", probe.held_out)
 
     @torch.no_grad()
     def on_forgotten(model: torch.nn.Module) -> torch.Tensor:
-        """Predictions, or probabilities of the class to forget, or of a mean token of the texts."""
-        data = problem.train if split == "forget-train" else problem.test
-        assert data is not None
-        batch = data.fetch(problem.split(request)[split])
-        if regression:
-            return problem.capability("predict")(model.eval(), batch)
-        if texts:
-            return (-problem.each_loss(model.eval(), batch)).exp()
-        return problem.capability("logits")(model.eval(), batch).softmax(1)[:, 3]
+        return probe.said(problem, model.eval(), forgotten)
 
     @torch.no_grad()
     def kept(model: torch.nn.Module) -> float:
-        """Accuracy on the rest (of tokens), or the share of all targets' variance explained."""
-        if texts:
-            batch = problem.train.fetch(problem.split(request)["retain-train"])
-            assert batch.y is not None
-            tokens, mask = targets(batch.y)
-            said = answered(problem.capability("token_logits")(model.eval(), batch), batch.y)
-            return float(said.argmax(1).eq(tokens[mask]).float().mean())
-        assert problem.test is not None
-        batch = problem.test.fetch(problem.split(request)["retain-test"])
-        assert batch.y is not None
-        if regression:
-            error = (problem.capability("predict")(model.eval(), batch) - batch.y).square().mean()
-            assert problem.train.labels is not None
-            return float(1 - error / problem.train.labels.var())
-        found = problem.capability("logits")(model.eval(), batch).argmax(1)
-        return float(found.eq(batch.y).float().mean())
+        return probe.known(problem, model.eval(), rest)
 
     reference = reference_for(method.domain, 1001)
     wanted = on_forgotten(reference)

@@ -14,7 +14,7 @@ from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.errors import UserError
 from expunge.core.hashing import content_key, plain
 from expunge.core.method import Method
-from expunge.core.outcome import Cost, Outcome
+from expunge.core.outcome import Cost, Outcome, unguarded
 from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
@@ -195,6 +195,7 @@ def audit(
     store: Store | None = None,
     runtime: Runtime | None = None,
     run: str | None = None,
+    guard: bool = True,
 ) -> list[Finding]:
     """Audit an outcome's released weights against retrained references.
 
@@ -206,6 +207,8 @@ def audit(
         store: where references are kept and looked up; a temporary one by default.
         runtime: device, threads, progress.
         run: the outcome's run in the store, which the findings are filed under.
+        guard: audit what is released; if not, the model inside its guards, whose weights the
+            original's are: what who takes a guard off has.
 
     Returns:
         The findings; without a recipe they have values, no reference, and the reason.
@@ -224,7 +227,8 @@ def audit(
         else list(references)
     )
     subjects = [(r, Subject(r.model, problem, request, bench.runtime, cost=r.cost)) for r in ready]
-    subject = Subject(outcome.released(), problem, request, bench.runtime, outcome=outcome)
+    released = outcome.released() if guard else unguarded(outcome.released())
+    subject = Subject(released, problem, request, bench.runtime, outcome=outcome)
     if run is None:
         run = bench.put_outcome(outcome, content_key(["outcome", outcome.record]))
     return bench.audit(subject, run, subjects, audits, parts)

@@ -30,15 +30,18 @@ def is_lora(spec: str) -> bool:
     return parse(spec)[0] == "lora"
 
 
-def attach(spec: str, model: nn.Module, roles: Roles, seed: int) -> nn.Module:
+def attach(
+    spec: str, model: nn.Module, roles: Roles, seed: int, *, alpha: int | None = None
+) -> nn.Module:
     """Put adapters on a model in place; they alone can move afterwards, and begin as the identity.
 
     Args:
-        spec: `lora(R)`: rank R on all linear layers of the blocks, with α = 2 R; `lora(R, NAME)`:
-            on the modules that play a role.
+        spec: `lora(R)`: rank R on all linear layers of the blocks; `lora(R, NAME)`: on the modules
+            that play a role.
         model: the model.
         roles: a view or a problem.
         seed: of the matrices A; B begins at 0.
+        alpha: α; 2 R by default.
 
     Returns:
         The model.
@@ -51,7 +54,9 @@ def attach(spec: str, model: nn.Module, roles: Roles, seed: int) -> nn.Module:
     if kept_of(model) is not None:
         raise SettingError(f"train={spec!r}: adapters would fill the zeros of a pruned model")
     modules = roles.role(role.strip() or "linear")
-    return _inject(model, {"rank": int(rank), "alpha": 2 * int(rank), "modules": modules}, seed)
+    return _inject(
+        model, {"rank": int(rank), "alpha": alpha or 2 * int(rank), "modules": modules}, seed
+    )
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -95,6 +100,33 @@ def put_on(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
+def matrices(tensors: Mapping[str, Tensor]) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+    """α / R of stored adapters, and A [R, in] and B [out, R] by module."""
+    config = json.loads(bytes(tensors[_CONFIG].tolist()))
+    found = {
+        module: (tensors[_matrix(module, "A")], tensors[_matrix(module, "B")])
+        for module in config["modules"]
+    }
+    return config["alpha"] / config["rank"], found
+
+
+def of_matrices(scale: float, found: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Adapters as they are stored; undoes `matrices`."""
+    rank = len(next(iter(found.values()))[0])
+    config = {"rank": rank, "alpha": scale * rank, "modules": list(found)}
+    tensors = {
+        _matrix(module, name): matrix
+        for module, pair in found.items()
+        for name, matrix in zip("AB", pair, strict=True)
+    }
+    text = torch.frombuffer(bytearray(json.dumps(config).encode()), dtype=torch.uint8)
+    return tensors | {_CONFIG: text}
+
+
+def _matrix(module: str, name: str) -> str:
+    return f"{module}.lora_{name}.default.weight"
+
+
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     """Let a model be the original for a while."""
@@ -124,6 +156,7 @@ def merged(model: nn.Module) -> nn.Module:
         layer.merge()
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.get_base_layer())
+    vars(model).pop("peft_config", None)  # it has none any more, and may get new ones
     return model
 
 

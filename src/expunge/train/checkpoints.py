@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from expunge.core.data import Batch
 from expunge.core.errors import UserError
-from expunge.core.hashing import content_key, hash_model
+from expunge.core.hashing import content_key, hash_tensors
 from expunge.core.runtime import Runtime
+from expunge.train.shard import local, spread, spread_state
 
 if TYPE_CHECKING:
     from expunge.train.fit import Fit
@@ -41,6 +42,7 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         result: Fit,
         settings: Mapping[str, Any],
+        sharded: Sequence[Tensor] = (),
     ) -> None:
         """Keep what is to be written.
 
@@ -51,6 +53,8 @@ class Checkpoints:
             optimizer: its optimiser.
             result: curve, steps and snapshots so far.
             settings: what, with the seed and the first weights, tells one training from another.
+            sharded: what the optimiser moves, where it is spread over processes: each then writes a
+                file of its part.
         """
         self._runtime, self._model, self._optimizer, self._result = (
             runtime,
@@ -58,12 +62,15 @@ class Checkpoints:
             optimizer,
             result,
         )
+        self._sharded = list(sharded)
+        part = f"-{runtime.rank}-of-{runtime.processes}" if sharded else ""
         self._path: Path | None = (
-            None if runtime.checkpoint is None else runtime.checkpoint / f"{stage}.pt"
+            None if runtime.checkpoint is None else runtime.checkpoint / f"{stage}{part}.pt"
         )
         self._identity = ""
         if self._path is not None:
-            self._identity = content_key([stage, settings, runtime.seed, hash_model(model)])
+            first = local({k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)})
+            self._identity = content_key([stage, settings, runtime.seed, hash_tensors(first)])
         self._state: dict[str, Any] | None = None
         self._seen = hashlib.sha256()
         self._start, self._worked = time.monotonic(), time.process_time()
@@ -83,6 +90,11 @@ class Checkpoints:
             return 0, 0
         state = torch.load(self._path, weights_only=True, map_location=self._runtime.device)
         self._require(state["identity"] == self._identity)
+        if self._sharded:
+            like = self._model.state_dict()
+            state["model"] = spread(state["model"], like)
+            state["sound"] = None if state["sound"] is None else spread(state["sound"], like)
+            state["optimizer"] = spread_state(state["optimizer"], self._sharded)
         self._model.load_state_dict(state["model"], strict=False)
         self._optimizer.load_state_dict(state["optimizer"])
         self._result.curve = state["curve"]
@@ -120,7 +132,8 @@ class Checkpoints:
         assert self._state is not None
         state, self._state = self._state, None
         # other processes hold other shares than the one that wrote the file
-        self._require(not self._runtime.is_main or state["seen"] == self._seen.hexdigest())
+        own = self._runtime.is_main or bool(self._sharded)
+        self._require(not own or state["seen"] == self._seen.hexdigest())
         torch.set_rng_state(state["random"].cpu())
         if state["random_device"] is not None:
             torch.cuda.set_rng_state(state["random_device"].cpu(), self._runtime.device)
@@ -131,7 +144,7 @@ class Checkpoints:
         """Write a checkpoint if it is time; `index` batches of `epoch` are done."""
         if self._path is None or self._result.steps % self._runtime.checkpoint_every:
             return
-        if not self._runtime.is_main:
+        if not self._runtime.is_main and not self._sharded:
             return
         device = self._runtime.device
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,9 +153,9 @@ class Checkpoints:
             {
                 "identity": self._identity,
                 "seen": self._seen.hexdigest(),
-                "model": movable(self._model),
-                "sound": self.sound,
-                "optimizer": self._optimizer.state_dict(),
+                "model": local(movable(self._model)),
+                "sound": local(self.sound),
+                "optimizer": local(self._optimizer.state_dict()),
                 "curve": self._result.curve,
                 "steps": self._result.steps,
                 "snapshots": self._result.snapshots,

@@ -9,23 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import ModelError
+from expunge.problems.taps import innermost
 from expunge.train.corrupt import corrupt, prompt_seed
 from expunge.train.gate import Gate, flags
 
 
-class CorruptedPrompts(nn.Module):
-    """A language model that reads flagged prompts with corrupted embeddings; takes what it does.
-
-    A prompt ends where the ending that all known prompts share was last seen, or with the sequence. What
-    follows one token at a time, from a cache, is read as it is.
-    """
+class BehindGate(nn.Module):
+    """A language model and a gate that flags prompts."""
 
     def __init__(self, model: nn.Module, settings: Tensor, keys: Tensor, weights: Tensor) -> None:
         """Wrap.
 
         Args:
             model: the model inside; it is not changed.
-            settings: bytes of a JSON text: the gate's rule, the corruption, the ending of prompts.
+            settings: bytes of a JSON text: the gate's rule, the ending of prompts, and what else it takes.
             keys: of the gate.
             weights: of the gate, float32 as int32: no change of precision touches whole numbers.
         """
@@ -36,6 +33,19 @@ class CorruptedPrompts(nn.Module):
         self.register_buffer("weights", weights)
         self.settings: dict[str, Any] = json.loads(bytes(settings.tolist()))
         self.gate = Gate(keys.cpu(), weights.cpu().view(torch.float32), self.settings["bias"])
+
+    def flagged(self, prompt: Tensor) -> bool:
+        """Whether a prompt's token ids [T] are flagged."""
+        p, s = self.gate.probability(prompt), self.settings
+        return p > s["threshold"] if s["threshold"] is not None else flags(p, s["limit"], s["ambiguous"])  # fmt: skip
+
+
+class CorruptedPrompts(BehindGate):
+    """A language model that reads flagged prompts with corrupted embeddings; takes what it does.
+
+    A prompt ends where the ending that all known prompts share was last seen, or with the sequence. What
+    follows one token at a time, from a cache, is read as it is.
+    """
 
     def forward(self, *args: Tensor, **inputs: Any) -> Any:
         """Run the model inside, with flagged rows of a prompt corrupted on their way.
@@ -58,7 +68,8 @@ class CorruptedPrompts(nn.Module):
                 output[row, places] = corrupt(found, s["effect"], s["dims"], s["count"], s["sigma"], seed)  # fmt: skip
             return output
 
-        handle = self.unwrapped.get_submodule(s["embeddings"]).register_forward_hook(hook)
+        embeddings = innermost(self.unwrapped).get_submodule(s["embeddings"])
+        handle = embeddings.register_forward_hook(hook)
         try:
             return self.unwrapped(*args, **inputs)
         finally:
@@ -75,11 +86,6 @@ class CorruptedPrompts(nn.Module):
             if len(prompt) > 1 and self.flagged(prompt):
                 found[row] = places[: len(prompt) - 1], prompt_seed(prompt, self.settings["salt"])
         return found
-
-    def flagged(self, prompt: Tensor) -> bool:
-        """Whether a prompt's token ids [T] are to be corrupted."""
-        p, s = self.gate.probability(prompt), self.settings
-        return p > s["threshold"] if s["threshold"] is not None else flags(p, s["limit"], s["ambiguous"])  # fmt: skip
 
 
 def ending_of(prompts: list[Tensor]) -> list[int]:

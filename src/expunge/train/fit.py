@@ -25,7 +25,11 @@ from expunge.train.checkpoints import Checkpoints, movable
 from expunge.train.masks import Mask, within_pruned
 from expunge.train.master import Master, wide_copies, write_back
 from expunge.train.norm import NormMode, norm_layers, train_mode
-from expunge.train.smooth import Smoother, parse_smooth, samples_in
+from expunge.train.parts import parts_of, samples_in
+from expunge.train.recompute import recomputed
+from expunge.train.shard import copy_back, local, require_whole_tensors, shard, whole
+from expunge.train.shared_gradients import share_gradients
+from expunge.train.smooth import Smoother, parse_smooth
 from expunge.train.steps import StepName, Turns, make_optimizer
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -111,11 +115,20 @@ def fit(
             model has no second derivative that `smooth` asks for.
         SettingError: no weight may move, or `smooth` is no choice.
     """
-    parameters = dict(model.named_parameters())
-    trainable = {n: p.requires_grad for n, p in parameters.items()}
+    kept = model
+    trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     mask = within_pruned(mask, model)
+    spread = runtime.shard and runtime.processes > 1
+    if spread:
+        require_whole_tensors(mask)
+        if smooth != "none":
+            raise NeedsError(
+                f"a sharded model takes plain steps; smooth={smooth} needs whole weights"
+            )
+        model = shard(model, runtime)
+    parameters = dict(model.named_parameters())
     if mask is not None:
-        mask = {n: mask[n].to(p.device) for n, p in parameters.items()}
+        mask = {n: mask[n].to(p.device) for n, p in kept.named_parameters()}
         for name, p in parameters.items():
             p.requires_grad_(trainable[name] and bool(mask[name].any()))
     moving = {n: p for n, p in parameters.items() if p.requires_grad}
@@ -128,7 +141,8 @@ def fit(
     } | ({} if smooth == "none" else {"smooth": smooth})  # fmt: skip
     # the scaler of fp16 looks for the gradients of the optimiser's own tensors before it steps
     wide = moving if runtime.precision == "fp16" else wide_copies(moving)
-    barred = None if mask is None else {n: ~mask[n] for n in moving}
+    # of a sharded model only whole tensors are barred, and those ask for no gradient
+    barred = None if mask is None or spread else {n: ~mask[n] for n in moving}
     # without a gradient or decay an optimiser leaves a coordinate as it is, to the bit
     decays = barred is not None and weight_decay > 0
     frozen_values = {n: p.detach().clone() for n, p in wide.items()} if decays else {}
@@ -140,7 +154,8 @@ def fit(
             lr=r,
             momentum=momentum,
             weight_decay=weight_decay,
-            fused=runtime.precision != "fp16",
+            # the fused step of SGD does not know spread tensors
+            fused=runtime.precision != "fp16" and not (spread and step == "sgd"),
         )
         for r in rates
     ]
@@ -148,7 +163,9 @@ def fit(
     if any(wide[n] is not p for n, p in moving.items()):
         optimizer = Master(optimizer, moving, wide)
     result = Fit()
-    keeper = Checkpoints(runtime, stage, model, optimizer, result, settings)
+    keeper = Checkpoints(
+        runtime, stage, model, optimizer, result, settings, list(wide.values()) if spread else ()
+    )
     first_epoch, skip = keeper.restore()
     kind, numbers = parse_smooth(smooth)
     smoother = average = None
@@ -160,13 +177,16 @@ def fit(
             runtime=runtime, accumulate=accumulate, stage=stage,
         )  # fmt: skip
 
-    with _accelerated(runtime) as accelerator, runtime.task(stage, epochs) as task:
+    how = recomputed(model, runtime)
+    with how, _accelerated(runtime) as accelerator, runtime.task(stage, epochs) as task:
         if runtime.processes > 1 and norm != "frozen" and norm_layers(model):
             raise NeedsError(
                 "batch statistics cannot be shared between processes; use norm=frozen with several processes"
             )
         forward = {k: v for k, v in vars(model).items() if k == "forward"}
-        wrapped, prepared = accelerator.prepare(model, optimizer)
+        # for its precision alone: gradients are shared below
+        wrapped = accelerator.prepare_model(model, evaluation_mode=True)
+        prepared = accelerator.prepare_optimizer(optimizer)
         if smoother is not None:
             smoother.backward = accelerator.backward
         task.advance(first_epoch)
@@ -188,7 +208,15 @@ def fit(
                 lone = norm == "train" and _smallest(batch) == 1
                 if lone:  # one sample has no variance: it is normalised as at inference
                     train_mode(model, "frozen")
-                loss = smoother.loss(loss_of, batch) if smoother else loss_of(wrapped, batch)
+                loss = torch.zeros((), device=runtime.device)
+                if smoother:
+                    loss = smoother.loss(loss_of, batch)
+                else:
+                    for part in parts_of(loss_of):  # what one holds is let go before the next
+                        value_of = part(wrapped, batch)
+                        loss = loss + value_of.detach()
+                        if value_of.requires_grad:
+                            accelerator.backward(value_of / accumulate)
                 if lone:
                     train_mode(model, norm)
                 value = float(runtime.sum(loss.detach().clone())) / runtime.processes
@@ -202,14 +230,14 @@ def fit(
                     keeper.sound, start = start, None
                 if smoother:
                     smoother.take()
-                else:
-                    accelerator.backward(loss / accumulate)
                 runtime.cost.gradients += samples_in(batch)
                 micro += 1
                 if micro % accumulate:
                     continue
                 if smoother:
                     value = smoother.finish(result.steps)
+                elif not spread:
+                    share_gradients(moving.values(), runtime)
                 if barred is not None:
                     _mask_gradients(moving, barred)
                 if clip is not None:  # the norm is that of the coordinates that move
@@ -237,7 +265,9 @@ def fit(
             skip = 0
             if snapshots is True or (snapshots and epoch + 1 in snapshots):
                 with contextlib.nullcontext() if average is None else average.shown():
-                    result.snapshots.append(_copy(model.state_dict()))
+                    result.snapshots.append(
+                        _copy({k: whole(v) for k, v in model.state_dict().items()})
+                    )
             task.advance()
             if result.stopped:
                 runtime.reporter.say(f"{stage} stopped: {result.stopped}")
@@ -247,12 +277,15 @@ def fit(
         vars(model).update(forward)
     if average is not None:
         average.put()
-    if keeper.sound is not None and not all(bool(p.isfinite().all()) for p in moving.values()):
+    optimizer.zero_grad(set_to_none=True)  # of batches that made no step
+    if keeper.sound is not None and not _finite(moving, runtime, spread):
         model.load_state_dict(keeper.sound, strict=False)
         result.stopped = f"weights were no longer finite after step {result.steps}; {_PUT_BACK}"
-    for name, p in parameters.items():
+    if spread:
+        copy_back(model, kept)
+    for name, p in kept.named_parameters():
         p.requires_grad_(trainable[name])
-    model.eval()
+    kept.eval()
     return result
 
 
@@ -263,8 +296,12 @@ class _Plain:
     """An Accelerator with nothing to do, which saves its look for other packages at every step."""
 
     @staticmethod
-    def prepare(*things: Any) -> tuple[Any, ...]:
-        return things
+    def prepare_model(model: nn.Module, evaluation_mode: bool) -> nn.Module:
+        return model
+
+    @staticmethod
+    def prepare_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        return optimizer
 
     backward = staticmethod(Tensor.backward)
     clip_grad_norm_ = staticmethod(nn.utils.clip_grad_norm_)
@@ -277,8 +314,9 @@ def _accelerated(runtime: Runtime) -> Iterator[Any]:
     Accelerate keeps the first choice for the life of a process; it is put back afterwards, since
     somebody else's Accelerator may rest on it.
     """
-    if runtime.alone or (runtime.processes == 1 and runtime.precision == "no"):
-        yield _Plain
+    alone = runtime.processes == 1
+    if runtime.alone or (runtime.shard and not alone) or (alone and runtime.precision == "no"):
+        yield _Plain  # a sharded model has a precision of its own and shares its gradients itself
         return
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
@@ -299,6 +337,14 @@ def _accelerated(runtime: Runtime) -> Iterator[Any]:
             for state, values in zip(states, kept, strict=True):
                 state._shared_state.clear()
                 state._shared_state.update(values)
+
+
+def _finite(moving: dict[str, nn.Parameter], runtime: Runtime, spread: bool) -> bool:
+    """Whether all weights are finite; of spread ones each process looks at its part."""
+    broken = not all(bool(local(p.detach()).isfinite().all()) for p in moving.values())
+    if not spread:
+        return not broken
+    return not bool(runtime.sum(torch.tensor(float(broken), device=runtime.device)))
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,11 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
+
+from expunge.core.data import look_up
+from expunge.core.errors import DataError
 
 Ambiguous = Literal["pass", "flag"]
 _FIRST, _SECOND = 6364136223846793005, 1442695040888963407
@@ -46,8 +49,7 @@ class Gate:
     def probability(self, prompt: Tensor) -> float:
         """P that a prompt [T] belongs to what is to be forgotten."""
         found = grams(prompt)
-        places = torch.searchsorted(self.keys, found).clamp(max=len(self.keys) - 1)
-        known = self.keys[places] == found
+        places, known = look_up(self.keys, found)
         return float((self.weights[places[known]].double().sum() + self.bias).sigmoid())
 
 
@@ -103,3 +105,56 @@ def flags(probability: float, limit: float, ambiguous: Ambiguous) -> bool:
     """Whether a prompt is flagged: its set is `forget` alone, or, where it is none or both, as said."""
     forget, retain = label_set(probability, limit)
     return ambiguous == "flag" if forget == retain else forget
+
+
+def calibrated_gate(
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    drawn: torch.Generator,
+    *,
+    share: float,
+    alpha: float,
+    threshold: float | None,
+    ambiguous: Ambiguous,
+) -> tuple[Gate, dict[str, Any]]:
+    """Fit a gate on one part of the prompts and calibrate it on the other.
+
+    Args:
+        forget: prompts to flag.
+        retain: prompts to let through.
+        drawn: says which are held out.
+        share: of each side that is held out.
+        alpha: share of prompts whose label the gate may miss.
+        threshold: flag above this p instead; None is conformal.
+        ambiguous: what happens where the gate is not sure.
+
+    Returns:
+        The gate and its facts: `calibrated_on` prompts, the conformal `limit` (None: infinite), and
+        `flagged_of_forget` and `flagged_of_retain`, shares of those held out.
+
+    Raises:
+        DataError: too few prompts are held out for α.
+    """
+    parts: list[tuple[Tensor, bool, bool]] = []
+    for prompts, flagged in ((forget, True), (retain, False)):
+        held = min(round(share * len(prompts)), len(prompts) - 1)
+        order = torch.randperm(len(prompts), generator=drawn).tolist()
+        parts += [(prompts[p], flagged, n < held) for n, p in enumerate(order)]
+    learned = [(p, flagged) for p, flagged, held in parts if not held]
+    gate = fit_gate([p for p, _ in learned], torch.tensor([flagged for _, flagged in learned]))
+    known = [(gate.probability(p), flagged) for p, flagged, held in parts if held]
+    scores = torch.tensor([1 - p if flagged else p for p, flagged in known], dtype=torch.float64)
+    limit = quantile(scores, alpha)
+    if threshold is None and limit == math.inf:
+        raise DataError(
+            f"{len(scores)} prompts cannot calibrate a gate to alpha={alpha:g}; at least "
+            f"{-int(-1 // alpha) - 1} can, or pass threshold="
+        )
+    said = [p > threshold if threshold is not None else flags(p, limit, ambiguous) for p, _ in known]  # fmt: skip
+    rate = lambda kind: [s for s, (_, f) in zip(said, known, strict=True) if f == kind]  # noqa: E731
+    return gate, {
+        "calibrated_on": len(known),
+        "limit": None if limit == math.inf else limit,
+        "flagged_of_forget": sum(rate(True)) / max(len(rate(True)), 1),
+        "flagged_of_retain": sum(rate(False)) / max(len(rate(False)), 1),
+    }

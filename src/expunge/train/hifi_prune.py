@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from expunge.core.data import Batch
 from expunge.core.errors import SettingError
-from expunge.curvature.fidelity import Score, contributions, keep_inputs
+from expunge.curvature.fidelity import Contributions, Score, contributions, keep_inputs
 from expunge.train.masks import refuse_shared
 
 
@@ -51,15 +51,29 @@ def prune_inputs(
     Raises:
         SettingError: the share is out of range, or a layer's weight is that of another module too.
     """
-    if not 0 < keep <= 1:
-        raise SettingError(f"the share of inputs to keep must be above 0 and at most 1, not {keep}")
+    check_share("inputs", keep)
     known = dict(model.named_modules())
     refuse_shared(model, [layer for layer in layers if layer in known])
     kept = {}
     for layer in layers:
         found = contributions(model, layer, batches(), forward)
-        scores = found.channels(score)
-        order = scores.argsort(descending=True, stable=True)
-        kept[layer] = order[: max(1, round(keep * len(scores)))].sort().values
+        kept[layer] = best(found, keep, score)
         keep_inputs(model.get_submodule(layer), found, kept[layer], compensate)
     return kept
+
+
+def best(found: Contributions, keep: float, score: Score) -> Tensor:
+    """Positions, ascending, of a share of the inputs (at least one) with the largest scores."""
+    scores = found.channels(score)
+    order = scores.argsort(descending=True, stable=True)
+    return order[: max(1, round(keep * len(scores)))].sort().values
+
+
+def check_share(what: str, keep: float) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        SettingError: it is not above 0 and at most 1.
+    """
+    if not 0 < keep <= 1:
+        raise SettingError(f"the share of {what} to keep must be above 0 and at most 1, not {keep}")

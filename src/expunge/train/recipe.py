@@ -128,15 +128,7 @@ class SupervisedRecipe:
         Raises:
             ExpungeError: the training did not run to its end.
         """
-        outer = runtime or Runtime()
-        # Every process trains all of it: a recipe gives one model, however many processes ask.
-        inner = Runtime(
-            device=outer.device,
-            seed=seed,
-            threads=self.threads,
-            reporter=outer.reporter,
-            alone=True,
-        )
+        inner = self.alone(seed, runtime)
         source = Source(self.data, keep_ids, True, inner)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -190,6 +182,17 @@ class SupervisedRecipe:
         if result.stopped:  # half a training is no reference
             raise ExpungeError(f"training from the recipe stopped: {result.stopped}")
         return model.cpu(), result.snapshots
+
+    def alone(self, seed: int, runtime: Runtime | None) -> Runtime:
+        """Where a training runs: every process does all of it, whoever and however many ask."""
+        outer = runtime or Runtime()
+        return Runtime(
+            device=outer.device,
+            seed=seed,
+            threads=self.threads,
+            reporter=outer.reporter,
+            alone=True,
+        )
 
     def rate(self, epoch: int) -> float:
         """Factor of the learning rate in an epoch, counted from 0."""

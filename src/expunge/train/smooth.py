@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from expunge.core.data import Batch
 from expunge.core.errors import NeedsError, SettingError
 from expunge.core.runtime import Runtime
 from expunge.train.masks import Mask
 from expunge.train.master import HALVES
 from expunge.train.norm import norm_layers
+from expunge.train.parts import Apart, parts_of, samples_in
 
 if TYPE_CHECKING:
     from expunge.train.fit import Loss
@@ -83,30 +83,13 @@ def parse_smooth(spec: str) -> tuple[str, tuple[float, ...]]:
     return kind, values
 
 
-@dataclass(frozen=True)
-class Apart:
-    """A loss of several parts over a tuple of batches; only the first part is smoothed.
-
-    Attributes:
-        parts: `(model, batches)` -> all parts, scalars with graphs of their own, the first one made
-            first.
-        smoothed: `(model, batches[0])` -> the first part alone.
-    """
-
-    parts: Callable[[nn.Module, Any], list[Tensor]]
-    smoothed: Loss
-
-    def __call__(self, model: nn.Module, batches: Any) -> Tensor:
-        """The sum of the parts."""
-        return torch.stack(self.parts(model, batches)).sum()
-
-
 @dataclass
 class _Seen:
-    """A batch of the step in progress and what its loss saw besides the weights."""
+    """A batch of the step in progress, its samples, and what its loss saw besides the weights."""
 
     loss: Loss
     batch: Any
+    count: int
     random: tuple[Tensor, Tensor | None]
     buffers: dict[str, Tensor]
     training: list[bool]
@@ -176,12 +159,13 @@ class Smoother:
         state = torch.get_rng_state(), on_device
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
         modes = [layer.training for layer in self._norms]
+        apart = isinstance(loss_of, Apart)
+        first = loss_of
         if isinstance(loss_of, Apart):
-            self._seen.append(_Seen(loss_of.smoothed, batch[0], state, buffers, modes))
-            self._parts = loss_of.parts(self.model, batch)
-        else:
-            self._seen.append(_Seen(loss_of, batch, state, buffers, modes))
-            self._parts = [loss_of(self.model, batch)]
+            first = loss_of.again or next(iter(loss_of.parts.values()))
+        count = samples_in(batch[0] if apart else batch)
+        self._seen.append(_Seen(first, batch, count, state, buffers, modes))
+        self._parts = [part(self.model, batch) for part in parts_of(loss_of)]
         return torch.stack([part.detach() for part in self._parts]).sum()
 
     def take(self) -> None:
@@ -274,7 +258,7 @@ class Smoother:
                 loss = seen.loss(self.model, seen.batch)
                 self._add(loss, found)
             losses.append(loss.detach() / self.accumulate)
-            self.runtime.cost.gradients += samples_in(seen.batch)
+            self.runtime.cost.gradients += seen.count
         return self._whole(found), torch.stack(losses).sum()
 
     def _curved(self, direction: Gradient) -> Gradient:
@@ -296,7 +280,7 @@ class Smoother:
                 )
                 if isinstance(slope, Tensor):
                     self._add(slope, found)
-            self.runtime.cost.gradients += 2 * samples_in(seen.batch)
+            self.runtime.cost.gradients += 2 * seen.count
         return self._whole(found)
 
     def _add(self, loss: Tensor, gradient: Gradient) -> None:
@@ -361,11 +345,6 @@ class Smoother:
                 buffer.copy_(buffers[name])
         for layer, mode in zip(self._norms, modes, strict=True):
             layer.training = mode
-
-
-def samples_in(batch: Any) -> int:
-    """Samples of a batch, or of several."""
-    return len(batch) if isinstance(batch, Batch) else sum(samples_in(part) for part in batch)
 
 
 @contextlib.contextmanager

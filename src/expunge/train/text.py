@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,16 @@ from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
 from expunge.train.adapters import attach, is_lora
-from expunge.train.fit import Pass
+from expunge.train.fit import Loss, Pass
 from expunge.train.method import Training
+from expunge.train.parts import Apart
 from expunge.train.reference import Reference, ReferenceName
-from expunge.train.smooth import Apart
 from expunge.train.steps import StepName
 from expunge.train.token_losses import answered, kl_each_token, token_mean
 
 Retain = Literal["nll", "kl", "none"]
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 PACE = Deviation(
     "The learning rate rises over a tenth of the steps and then falls linearly, as in "
     "OpenUnlearning, whatever the batches an epoch.",
@@ -51,6 +53,7 @@ class Text:
         reference: the original; None where the method does not declare it.
         logs: parts of the loss by name, one entry a step.
         turn: number of the pass, from 0, by which alternates take turns.
+        facts: what else the record keeps in its details.
     """
 
     view: View
@@ -58,6 +61,7 @@ class Text:
     reference: Reference | None
     logs: dict[str, list[float]] = field(default_factory=dict)
     turn: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def log(self, **parts: Tensor | float) -> None:
         """Note parts of this step's loss by name."""
@@ -82,8 +86,8 @@ class Text:
         assert self.reference is not None, "declare the original in `uses`"
         return self.reference.ask(model, lambda m: self.logits(m, batch))
 
-    def token_mean(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Mean over the answered tokens of the whole batch."""
+    def token_mean(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean over the answered tokens of the whole batch: all values, or those in the mask."""
         return token_mean(values, mask, self.runtime)
 
     def alternates(self, batch: Batch, turn: int = 0) -> Batch:
@@ -130,7 +134,7 @@ class TextTraining(Training):
         assert batch.y is not None
         wanted = answered(text.original_logits(model, batch), batch.y)
         each = kl_each_token(wanted, answered(text.logits(model, batch), batch.y))
-        return text.token_mean(each, torch.ones_like(each, dtype=torch.bool))
+        return text.token_mean(each)
 
     @property
     def keeps(self) -> bool:
@@ -157,6 +161,7 @@ class TextTraining(Training):
         if text.reference is not None:
             which = [self.name, self.in_force()]
             text.reference.fill(model, self.compared(text), runtime, view.forget.ids, which)
+        self.begin(model, text)
         loss = self.total(text)
 
         def passes(epoch: int) -> Pass:
@@ -168,7 +173,8 @@ class TextTraining(Training):
         outcome, _ = self.train_model(
             model, passes, view, runtime, clip=self.clip, pace=self.pace(steps)
         )
-        outcome.details |= {"losses": text.logs}
+        self.finish(model, text, outcome)
+        outcome.details |= {"losses": text.logs} | text.facts
         if text.reference is not None:
             outcome.details["reference"] = text.reference.kind
         return outcome
@@ -176,6 +182,12 @@ class TextTraining(Training):
     def text(self, view: View, runtime: Runtime, model: nn.Module) -> Text:
         """What the forget loss may use; `model` has not been trained yet."""
         return Text(view, runtime, self.original(view, model))
+
+    def begin(self, model: nn.Module, text: Text) -> None:
+        """Look at the model before the first step; it still says what the original does."""
+
+    def finish(self, model: nn.Module, text: Text, outcome: Outcome) -> None:
+        """Look at the model after the last step, for the outcome's details."""
 
     def compared(self, text: Text) -> Iterator[tuple[str, Batch]]:
         """What `original_nll` will be asked for: batches, and which sequences they are."""
@@ -189,22 +201,26 @@ class TextTraining(Training):
         only = self.uses != "model" and not (self.keeps and self.retain == "kl")
         return Reference(view, self.reference, model, only_nll=only)
 
-    def total(self, text: Text) -> Callable[[nn.Module, Any], Tensor]:
-        """The loss of a pair of batches, whose parts are logged; `smooth` is of the forget term."""
+    def terms(self, text: Text) -> dict[str, Loss]:
+        """Terms of the loss by name, of all batches of a step; `smooth` is of the first."""
+        found: dict[str, Loss] = {
+            "forget": lambda model, batches: self.gamma * self.forget_loss(model, batches[0], text)
+        }
+        if self.keeps:
+            found["retain"] = lambda model, batches: (
+                self.alpha * self.retain_loss(model, batches[1], text)
+            )
+        return found
 
-        def parts(model: nn.Module, batches: tuple[Batch, ...]) -> list[Tensor]:
-            terms = {"forget": self.gamma * self.forget_loss(model, batches[0], text)}
-            if self.keeps:
-                terms["retain"] = self.alpha * self.retain_loss(model, batches[1], text)
-            text.log(**terms)
-            return list(terms.values())
+    def total(self, text: Text) -> Apart:
+        """Their sum; each is logged, once a step."""
 
-        def forget(model: nn.Module, batch: Batch) -> Tensor:
-            again = copy.copy(text)
-            again.logs = {}  # one entry a step
-            return self.gamma * self.forget_loss(model, batch, again)
+        def again(model: nn.Module, batches: Any) -> Tensor:
+            quiet = copy.copy(text)
+            quiet.logs = {}
+            return self.terms(quiet)["forget"](model, batches)
 
-        return Apart(parts, forget)
+        return Apart(self.terms(text), lambda name, value: text.log(**{name: value}), again)
 
     def pairs(self, view: View, runtime: Runtime, epoch: int) -> Iterator[tuple[Batch, ...]]:
         """Forget batches of a pass, each with `rehearse` times as many retain samples, drawn with replacement."""
@@ -220,11 +236,24 @@ class TextTraining(Training):
 
     def pace(self, steps: int) -> Callable[[int], float]:
         """Learning-rate factor by step: a linear rise, then a fall to 0, or none."""
-        rise = round(self.warmup * steps)
+        return rise_and_fall(steps, round(self.warmup * steps), falls=self.decay != "none")
 
-        def factor(step: int) -> float:
-            if step < rise:
-                return (step + 1) / rise
-            return 1.0 if self.decay == "none" else (steps - step) / max(steps - rise, 1)
 
-        return factor
+def rise_and_fall(steps: int, rise: int, *, falls: bool = True) -> Callable[[int], float]:
+    """Learning-rate factor by step: a linear rise over `rise` of the steps, then a fall to 0, or none."""
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return (steps - step) / max(steps - rise, 1) if falls else 1.0
+
+    return factor
+
+
+def of_all_processes(found: dict[_K, _V], runtime: Runtime) -> dict[_K, _V]:
+    """What all processes found, by sample: shares of shuffled batches hold samples of others."""
+    if runtime.processes == 1:
+        return found
+    parts: list[dict[_K, _V]] = [{}] * runtime.processes
+    torch.distributed.all_gather_object(parts, found)
+    return {key: value for part in parts for key, value in part.items()}

@@ -23,25 +23,40 @@ def targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     return following.masked_fill(~mask, 0), mask
 
 
-def token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_nll(
+    logits: Tensor, labels: Tensor, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each answered token.
 
     Args:
-        logits: [B, T, V].
+        logits: [B, T, V], or [B, C, V] at some positions.
         labels: [B, T], `IGNORED` where a token is not answered.
+        columns: those positions [C], which hold all that predict an answered token.
 
     Returns:
         ℓ [B, T−1] in nats, 0 where nothing is answered, and the mask [B, T−1].
     """
     following = labels[:, 1:]
+    mask = following != IGNORED
+    here, asked = (
+        (logits[:, :-1], following) if columns is None else (logits, following[:, columns])
+    )
     # rows of words side by side: over a dimension in the middle it takes twice as long
     found = cross_entropy(
-        logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
-        following.reshape(-1),
+        here.reshape(-1, logits.shape[-1]).float(),
+        asked.reshape(-1),
         reduction="none",
         ignore_index=IGNORED,
-    )
-    return found.view(following.shape), following != IGNORED
+    ).view(asked.shape)
+    if columns is None:
+        return found, mask
+    return found.new_zeros(following.shape).index_copy(1, columns, found), mask
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Positions [C] that predict an answered token in any row of labels [B, T]; at least one."""
+    found = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+    return found if len(found) else found.new_zeros(1)
 
 
 def answered(values: Tensor, labels: Tensor) -> Tensor:
@@ -59,11 +74,14 @@ def sequence_mean(nll: Tensor, mask: Tensor) -> Tensor:
     return nll.sum(1) / mask.sum(1).clamp(min=1)
 
 
-def token_mean(values: Tensor, mask: Tensor, runtime: Runtime) -> Tensor:
+def token_mean(values: Tensor, mask: Tensor | None, runtime: Runtime) -> Tensor:
     """Mean over the answered tokens of the *whole* batch, whatever share this process holds.
+
+    Without a mask every value is one of an answered token.
 
     Gradients are averaged over P processes, so a share's sum is scaled by P over all tokens.
     """
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     count = runtime.sum(mask.sum().float())
     return (values * mask).sum() * (runtime.processes / count.clamp(min=1))
 

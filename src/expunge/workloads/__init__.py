@@ -16,6 +16,7 @@ registry = Registry(
         "tinyfacts": "expunge.workloads.tinyfacts:tinyfacts",
         "tinyfacts-quick": "expunge.workloads.tinyfacts:tinyfacts_quick",
         "authors": "expunge.workloads.open_data:authors",
+        "authors-smollm2": "expunge.workloads.authors_smollm2:authors_smollm2",
         "news": "expunge.workloads.open_data:news",
         "code-secrets": "expunge.workloads.open_data:code_secrets",
         "facts": "expunge.workloads.open_data:facts",

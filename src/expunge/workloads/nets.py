@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, relu
 
+from expunge.problems._foreign import need
+
 
 class Block(nn.Module):
     """A residual block: two 3×3 convolutions with batch norm and a shortcut (He et al. 2016)."""
@@ -133,3 +135,28 @@ def diabetes_mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1)
     )
+
+
+def small_llama(
+    vocabulary: int, width: int, blocks: int, inner: int, *, context: int, tied: bool = False
+) -> nn.Module:
+    """Build an untrained Llama with four heads.
+
+    Args:
+        vocabulary: number of tokens; 0 is padding, 1 and 2 begin and end a text.
+        width: hidden size.
+        blocks: number of them.
+        inner: width within the blocks.
+        context: longest sequence.
+        tied: whether input and output embeddings are one.
+    """
+    need("transformers", "llm")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner,
+        num_hidden_layers=blocks, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=context, tie_word_embeddings=tied,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM._from_config(config, attn_implementation="eager")

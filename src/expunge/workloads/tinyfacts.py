@@ -18,6 +18,7 @@ from expunge.problems.causal_lm import CausalLM
 from expunge.problems.tokens import TokenData, Tokens
 from expunge.train.lm_recipe import LMRecipe
 from expunge.workloads.base import Splits, Workload
+from expunge.workloads.nets import small_llama
 
 PAD, BOS, EOS, QUESTION = range(4)
 NAMES, ATTRIBUTES, POOL, LENGTH = 7, 5, 24, 3
@@ -70,14 +71,7 @@ def splits(entities: int = 48, trained: int = 40) -> Splits:
 
 def tiny_llama(hidden: int = 64, blocks: int = 3) -> nn.Module:
     """Build the untrained network."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden,
-        num_hidden_layers=blocks, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=64, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
-    )  # fmt: skip
-    return LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    return small_llama(VOCABULARY, hidden, blocks, 2 * hidden, context=64)
 
 
 def recipe(train: Data) -> LMRecipe:
@@ -128,7 +122,19 @@ tinyfacts = Workload(
         "task-vector": {"epochs": 10, "lr": 1e-4, "strength": 5.0, "batch_size": 20},
         "whp": {"epochs": 10, "lr": 1e-4, "strength": 20.0, "batch_size": 20},
         "llmu": {"epochs": 60, "lr": 5e-4, "batch_size": 20, "gamma": 0.1},
+        "code-eraser": {"epochs": 60, "lr": 5e-4, "batch_size": 40, "spans": "all", "rehearse": 2},
         "eco": {"sigma": 3.0},
+        "o3": {"epochs": 60, "lr": 3e-3, "batch_size": 20, "warmup": 0, "refusals": ("96 97 98",)},
+        "guard": {"refusal": "96 97 98"},
+        "concept-mask": {
+            "epochs": 60,
+            "lr": 5e-4,
+            "batch_size": 20,
+            "train": "full",
+            "mask": "96",
+            "tokens": 4,
+            "steps": 8,
+        },
     },
     tuning="not tuned: settings of the paper's small run",
     package="expunge[llm]",
@@ -165,7 +171,19 @@ tinyfacts_quick = Workload(
         "task-vector": {"epochs": 5, "lr": 3e-3, "strength": 2.0},
         "whp": {"epochs": 5, "lr": 3e-3, "strength": 5.0},
         "llmu": {"epochs": 8, "lr": 2e-3, "batch_size": 5},
+        "code-eraser": {"epochs": 20, "lr": 2e-3, "batch_size": 20, "spans": "all", "rehearse": 5},
         "eco": {"sigma": 3.0},
+        "o3": {"epochs": 20, "lr": 3e-3, "batch_size": 10, "warmup": 0, "refusals": ("96 97 98",)},
+        "guard": {"refusal": "96 97 98"},
+        "concept-mask": {
+            "epochs": 8,
+            "lr": 2e-3,
+            "batch_size": 5,
+            "train": "full",
+            "mask": "96",
+            "tokens": 4,
+            "steps": 8,
+        },
     },
     tuning="not tuned: for tests",
     package="expunge[llm]",

@@ -63,7 +63,8 @@ def test_training_asks_for_a_refusal_each_pass(monkeypatch, redraw):
 
     monkeypatch.setattr(IdkDPO, "preferred", noted)
     outcome = xp.unlearn(problem, ALL, IdkDPO(epochs=3, lr=1e-2, redraw=redraw, reference="copy"))
-    assert seen == ([0, 1, 2] if redraw else [0, 0, 0])
+    assert seen[:3] == ([0, 1, 2] if redraw else [0, 0, 0])
+    assert seen[3:] == [0, 0]  # at the end the first ones are looked at
     assert len(outcome.details["losses"]["forget"]) == 3
 
 

@@ -26,7 +26,11 @@ def has_forget_loss(name):
 
 
 NAMES = [name for name in registry if has_forget_loss(name)]
-SETTINGS = {"idk-dpo": {"refusals": ("7 8 9", "4 5")}, "rmu": {"layer": 1}}
+SETTINGS = {
+    "code-eraser": {"spans": "all"},
+    "idk-dpo": {"refusals": ("7 8 9", "4 5")},
+    "rmu": {"layer": 1},
+}
 """What a method must be told here, where there is no tokenizer and a model of two blocks."""
 
 
@@ -57,17 +61,18 @@ class Padded(TokenData):
 class Watched(CausalLM):
     """Keeps logits, and outputs of blocks, that a loss with gradients asked for."""
 
-    def token_logits(self, model, batch):
-        return self._seen(batch, super().token_logits(model, batch))
+    def _padded_logits(self, model, batch, **more):
+        columns = more.get("logits_to_keep", slice(None))
+        return self._seen(batch, super()._padded_logits(model, batch, **more), columns)
 
     def tapped(self, model, batch, layers):
         logits, found = super().tapped(model, batch, layers)
         return logits, {n: self._seen(batch, f) for n, f in found.items()}
 
-    def _seen(self, batch, values):
+    def _seen(self, batch, values, columns=slice(None)):
         if values.requires_grad:
             values.retain_grad()
-            self.__dict__.setdefault("seen", []).append((batch, values))
+            self.__dict__.setdefault("seen", []).append((batch, values, columns))
         return values
 
 
@@ -104,12 +109,13 @@ def test_the_methods_are_found():
 def test_baselines_llm_invariant_8_no_gradient_from_what_is_not_answered(name, build, tiny_rows):
     _, gradients, problem = loss_of(name, build, tiny_rows, extra=2)
     assert max(float(g.abs().max()) for g in gradients) > 0
-    seen = [(b, z) for b, z in problem.seen if z.grad is not None]
+    seen = [(b, z, c) for b, z, c in problem.seen if z.grad is not None]
     reached = 0.0
-    for batch, values in seen:
-        ignored = torch.ones(values.shape[:2], dtype=torch.bool)
+    for batch, values, columns in seen:
+        ignored = torch.ones(batch.y.shape, dtype=torch.bool)
         ignored[:, :-1] = batch.y[:, 1:] == IGNORED
         assert int(ignored.sum()) > 3 + 6 and not bool(ignored.all())
+        ignored = ignored[:, columns]
         assert not bool(values.grad[ignored].any())
         reached = max(reached, float(values.grad[~ignored].abs().max()))
     assert reached > 0

@@ -22,7 +22,7 @@ from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import Source, View
-from expunge.curvature.fidelity import Score, contributions, split_weight
+from expunge.curvature.fidelity import Score, by_output, contributions, split_weight
 from expunge.train.masks import layers_of, parse, refuse_shared
 
 _TEST = "tests/methods/test_modhifi.py::test_"
@@ -166,6 +166,4 @@ def _some(side: Source, most: int, runtime: Runtime, name: str) -> Tensor:
 
 
 def _weight(model: nn.Module, layer: str) -> Tensor:
-    weight = model.get_submodule(layer).weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return by_output(model.get_submodule(layer))

@@ -22,14 +22,14 @@ from expunge.core.needs import Card, Deviation
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
-from expunge.train.preference import PreferenceTraining
-from expunge.train.text import Text
+from expunge.train.preference import Preferences, PreferenceTraining
+from expunge.train.text import Text, of_all_processes
 
 _TRIES, _HOTTER = 12, 1.5
 
 
 @dataclass
-class _WithAlternates(Text):
+class _WithAlternates(Preferences):
     said: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
@@ -75,7 +75,7 @@ class AltPO(PreferenceTraining):
         """As many as alternates."""
         return self.alternates
 
-    def text(self, view: View, runtime: Runtime, model: nn.Module) -> Text:
+    def text(self, view: View, runtime: Runtime, model: nn.Module) -> Preferences:
         """Make up the alternates with the model as it is before training."""
         text = super().text(view, runtime, model)
         if not self.generate:
@@ -87,7 +87,7 @@ class AltPO(PreferenceTraining):
                     found = self.drawn(model, batch, turn, view, runtime)
                     said |= {(i, turn): a for i, a in zip(batch.ids.tolist(), found, strict=True)}
                     task.advance(batch.total)
-        return _WithAlternates(**vars(text), said=_of_all_processes(said, runtime))
+        return _WithAlternates(**vars(text), said=of_all_processes(said, runtime))
 
     def preferred(self, batch: Batch, turn: int, text: Text) -> Batch:
         """The alternate of this turn: made up, or the data's."""
@@ -122,14 +122,3 @@ class AltPO(PreferenceTraining):
             f"sample {int(batch.ids[missing[0]])}: the model has no answer but its own; pass alternates "
             "with the data and generate=False, or a higher temperature"
         )
-
-
-def _of_all_processes(
-    said: dict[tuple[int, int], Tensor], runtime: Runtime
-) -> dict[tuple[int, int], Tensor]:
-    """Alternates of all processes: shares of shuffled batches hold samples of others."""
-    if runtime.processes == 1:
-        return said
-    parts: list[dict[tuple[int, int], Tensor]] = [{}] * runtime.processes
-    torch.distributed.all_gather_object(parts, said)
-    return {key: answer for part in parts for key, answer in part.items()}

@@ -14,17 +14,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from expunge.core.errors import DataError, NeedsError
+from expunge.core.errors import NeedsError
 from expunge.core.method import Method
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.outcome import Outcome, Wrapper
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import Source, View
+from expunge.problems.taps import innermost
+from expunge.problems.tokens import unpadded
 from expunge.train.corrupt import Dims, Effect
 from expunge.train.corrupted_prompts import CorruptedPrompts, ending_of, text_of
-from expunge.train.gate import Ambiguous, Gate, fit_gate, flags, quantile
-from expunge.train.token_losses import IGNORED, sequence_mean
+from expunge.train.gate import Ambiguous, calibrated_gate
+from expunge.train.token_losses import sequence_mean
 from expunge.train.zeroth import descend
 
 _TEST = "tests/methods/text/test_eco.py::test_"
@@ -102,9 +104,12 @@ class ECO(Method):
         if runtime.processes > 1:
             raise NeedsError("eco reads every prompt in one process; run it without others")
         forget, retain = prompts_of(view.forget), prompts_of(view.retain)
-        gate, facts = self._gate(forget, retain, runtime)
+        gate, facts = calibrated_gate(
+            forget, retain, runtime.generator("calibration"), share=self.calibration,
+            alpha=self.alpha, threshold=self.threshold, ambiguous=self.ambiguous,
+        )  # fmt: skip
         model, name = view.model(), view.role("embeddings")[0]
-        unit = float(model.get_parameter(f"{name}.weight").detach().float().std())
+        unit = float(innermost(model).get_parameter(f"{name}.weight").detach().float().std())
         rule = {
             "limit": facts.get("limit"),
             "threshold": self.threshold,
@@ -129,37 +134,6 @@ class ECO(Method):
         facts |= {"sigma": trace[-1], "sigma_absolute": trace[-1] * unit, "search": trace}
         return Outcome(wrapper.apply(view.model().cpu()), wrapper, details=facts)
 
-    def _gate(
-        self, forget: list[Tensor], retain: list[Tensor], runtime: Runtime
-    ) -> tuple[Gate, dict[str, Any]]:
-        """Fit on one part of the prompts, calibrate on the other."""
-        drawn = runtime.generator("calibration")
-        parts: list[tuple[Tensor, bool, bool]] = []
-        for prompts, flagged in ((forget, True), (retain, False)):
-            held = min(round(self.calibration * len(prompts)), len(prompts) - 1)
-            order = torch.randperm(len(prompts), generator=drawn).tolist()
-            parts += [(prompts[p], flagged, n < held) for n, p in enumerate(order)]
-        learned = [(p, flagged) for p, flagged, held in parts if not held]
-        gate = fit_gate([p for p, _ in learned], torch.tensor([flagged for _, flagged in learned]))
-        known = [(gate.probability(p), flagged) for p, flagged, held in parts if held]
-        scores = torch.tensor(
-            [1 - p if flagged else p for p, flagged in known], dtype=torch.float64
-        )
-        limit = quantile(scores, self.alpha)
-        if self.threshold is None and limit == float("inf"):
-            raise DataError(
-                f"{len(scores)} prompts cannot calibrate a gate to alpha={self.alpha:g}; at least "
-                f"{-int(-1 // self.alpha) - 1} can, or pass threshold="
-            )
-        said = [p > self.threshold if self.threshold is not None else flags(p, limit, self.ambiguous) for p, _ in known]  # fmt: skip
-        rate = lambda kind: [s for s, (_, f) in zip(said, known, strict=True) if f == kind]  # noqa: E731
-        return gate, {
-            "calibrated_on": len(known),
-            "limit": None if limit == float("inf") else limit,
-            "flagged_of_forget": sum(rate(True)) / max(len(rate(True)), 1),
-            "flagged_of_retain": sum(rate(False)) / max(len(rate(False)), 1),
-        }
-
     def _strength(self, wrapped: CorruptedPrompts, view: View, unit: float) -> list[float]:
         """Walk σ until forget answers are as likely as wanted."""
         batches = list(view.forget.batches(32))
@@ -183,10 +157,5 @@ class ECO(Method):
 
 def prompts_of(source: Source) -> list[Tensor]:
     """Prompts of a side's samples; a text that is all answer is its own."""
-    found = []
-    for batch in source.batches(256):
-        assert batch.y is not None
-        for ids, real, y in zip(batch.x["input_ids"].cpu(), batch.x["attention_mask"].cpu(), batch.y.cpu(), strict=True):  # fmt: skip
-            start = int((y != IGNORED).nonzero()[0])
-            found.append(ids[:start] if start else ids[real.bool()])
-    return found
+    rows = [row for batch in source.batches(256) for row in unpadded(batch)]
+    return [row.prompt if len(row.prompt) else row.ids for row in rows]

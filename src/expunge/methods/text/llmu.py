@@ -10,9 +10,9 @@ random, and of retain data. The first term is not bounded below.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import Source, View
-from expunge.problems.tokens import TokenData, Tokens, pad
+from expunge.problems.tokens import TokenData, Tokens, pad, unpadded
+from expunge.train.fit import Loss
 from expunge.train.text import Retain, Text, TextTraining
-from expunge.train.token_losses import IGNORED
 
 _TEST = "tests/methods/text/test_llmu.py::test_"
 
@@ -101,18 +101,14 @@ class LLMU(TextTraining):
         """Log-likelihood of forget answers."""
         return -text.token_mean(*text.nll(model, batch))
 
-    def total(self, text: Text) -> Callable[[nn.Module, Any], Tensor]:
-        """The loss of forget and retain batches as elsewhere, and that of the random answers."""
-        usual = super().total(text)
-        if self.mismatch == 0:
-            return usual
-
-        def loss(model: nn.Module, batches: tuple[Batch, ...]) -> Tensor:
-            part = self.mismatch * text.token_mean(*text.nll(model, batches[-1]))
-            text.logs.setdefault("mismatch", []).append(float(part.detach()))
-            return usual(model, batches[:-1]) + part
-
-        return loss
+    def terms(self, text: Text) -> dict[str, Loss]:
+        """Those of forget and retain batches as elsewhere, and that of the random answers."""
+        found = super().terms(text)
+        if self.mismatch > 0:
+            found["mismatch"] = lambda model, batches: (
+                self.mismatch * text.token_mean(*text.nll(model, batches[-1]))
+            )
+        return found
 
     def pairs(self, view: View, runtime: Runtime, epoch: int) -> Iterator[tuple[Batch, ...]]:
         """The usual batches, and the forget prompts with K random retain answers each."""
@@ -140,14 +136,10 @@ def other_answers(batch: Batch, pool: Source, count: int, drawn: torch.Generator
     ids: list[int] = []
     for _ in range(count):  # one at a time, so that each process has answers for its own prompts
         places = torch.randint(len(pool), (batch.total,), generator=drawn)
-        others = pool.fetch(pool.ids[places])
-        assert batch.y is not None
-        assert others.y is not None
+        others = unpadded(pool.fetch(pool.ids[places]))
         ids += batch.ids.tolist()
-        for x, y, other in zip(
-            batch.x["input_ids"].cpu(), batch.y.cpu(), others.y.cpu(), strict=True
-        ):
-            prompt, answer = x[: int((y != IGNORED).nonzero()[0])], other[other != IGNORED]
+        for own, other in zip(unpadded(batch), others, strict=True):
+            prompt, answer = own.prompt, other.answer
             answered = torch.arange(len(prompt) + len(answer)) >= len(prompt)
             rows.append(Tokens(torch.cat([prompt, answer]), answered))
     x, y = pad(

@@ -16,10 +16,10 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from expunge.core.data import Batch
-from expunge.core.needs import Card, Deviation
+from expunge.core.needs import Card
 from expunge.core.settings import setting
 from expunge.train.preference import preference
-from expunge.train.text import Text, TextTraining
+from expunge.train.text import PACE, Text, TextTraining
 from expunge.train.token_losses import sequence_sum
 
 
@@ -36,13 +36,7 @@ class NPO(TextTraining):
         year=2024,
         link="https://arxiv.org/abs/2404.05868",
         idea="A preference loss with only a rejected answer forgets like ascent, and then stops.",
-        deviations=(
-            Deviation(
-                "The learning rate falls linearly after a rise over a tenth of the steps, as in "
-                "OpenUnlearning, whatever the batches an epoch.",
-                "tests/methods/text/test_text_training.py::test_pace_rises_and_falls",
-            ),
-        ),
+        deviations=(PACE,),
     )
 
     beta: float = setting(0.1, "inverse temperature, β", above=0, source="OpenUnlearning")

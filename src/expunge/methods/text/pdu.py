@@ -27,7 +27,7 @@ from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
-from expunge.train.fit import Fit, Pass
+from expunge.train.fit import Fit, Loss, Pass
 from expunge.train.text import Text, TextTraining
 from expunge.train.token_losses import answered
 
@@ -77,23 +77,22 @@ class PDU(TextTraining):
         """How far the logits that predict the answers are from flat."""
         assert batch.y is not None
         each = flatness(answered(text.logits(model, batch), batch.y))
-        return text.token_mean(each, torch.ones_like(each, dtype=torch.bool))
+        return text.token_mean(each)
 
-    def total(self, text: Text) -> Callable[[nn.Module, Any], Tensor]:
-        """The Lagrangian; the dual variable moves after each loss."""
+    def terms(self, text: Text) -> dict[str, Loss]:
+        """Those of the Lagrangian; the dual variable moves after each loss."""
         steps = math.ceil(text.view.forget_count / self.batch_size)
 
-        def loss(model: nn.Module, batches: tuple[Batch, ...]) -> Tensor:
+        def constraint(model: nn.Module, batches: tuple[Batch, ...]) -> Tensor:
             state = next(b for name, b in model.named_buffers() if name.endswith(_STATE))
-            forget = self.gamma * self.forget_loss(model, batches[0], text)
             retain = self.retain_loss(model, batches[1], text)
             dual = float(state[0])
-            text.log(forget=forget, retain=retain, dual=dual)
+            text.log(retain=retain, dual=dual)
             whole = text.runtime.sum(retain.detach().clone()) / text.runtime.processes
             state.copy_(torch.tensor(self.moved(state.tolist(), float(whole), steps)))
-            return forget + dual * retain
+            return dual * retain
 
-        return loss
+        return {"forget": super().terms(text)["forget"], "weighed": constraint}
 
     def moved(self, state: list[float], loss: float, steps: int) -> list[float]:
         """The state after a step: dual variable, steps so far, sum of retain losses of the pass.

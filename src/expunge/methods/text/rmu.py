@@ -107,5 +107,4 @@ def direction(size: int, runtime: Runtime) -> Tensor:
 
 
 def _mean(differences: Tensor, text: Text) -> Tensor:
-    each = differences.square().mean(-1)
-    return text.token_mean(each, torch.ones_like(each, dtype=torch.bool))
+    return text.token_mean(differences.square().mean(-1))

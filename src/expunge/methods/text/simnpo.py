@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from expunge.core.data import Batch
 from expunge.core.needs import Card
 from expunge.core.settings import setting
+from expunge.train.preference import preference
 from expunge.train.text import PACE, Text, TextTraining
 from expunge.train.token_losses import sequence_mean
 
@@ -49,4 +49,4 @@ class SimNPO(TextTraining):
 
 def simnpo(mean: Tensor, beta: float, delta: float) -> Tensor:
     r"""\(-\frac2\beta \log\sigma(\beta(N/|y| - \delta))\) [B] of mean token losses [B] in nats."""
-    return -2 / beta * logsigmoid(beta * (mean - delta))
+    return preference(mean - delta, beta)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Batch
@@ -57,7 +56,7 @@ class UNDIAL(TextTraining):
         original = answered(text.original_logits(model, batch), batch.y)
         wanted = lowered(original, tokens[mask], self.beta)
         each = entropy_each_token(wanted, answered(text.logits(model, batch), batch.y))
-        return text.token_mean(each, torch.ones_like(each, dtype=torch.bool))
+        return text.token_mean(each)
 
 
 def lowered(logits: Tensor, tokens: Tensor, beta: float) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from expunge.core.data import Batch
 from expunge.core.errors import NeedsError, SettingError
 from expunge.core.runtime import Runtime
-from expunge.problems._foreign import need
 from expunge.train.fit import Pass, fit
 from expunge.train.lm_recipe import LMRecipe
+from expunge.workloads.nets import small_llama
 
 Preset = Literal["xs", "s", "m"]
 PRESETS = {"xs": (64, 2, 192), "s": (96, 2, 256), "m": (128, 4, 384)}
@@ -33,17 +33,8 @@ def tiny_lm(vocabulary: int, preset: Preset = "xs") -> nn.Module:
     """
     if preset not in PRESETS:
         raise SettingError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
-    need("transformers")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     width, blocks, inner = PRESETS[preset]
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner,
-        num_hidden_layers=blocks, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    return small_llama(vocabulary, width, blocks, inner, context=CONTEXT, tied=True)
 
 
 @dataclass(frozen=True)
@@ -85,19 +76,13 @@ class OverlayRecipe(LMRecipe):
         early, late = keep_ids[~overlaid], keep_ids[overlaid]
         model, _ = super().train(early, seed, runtime)
         if len(late):
-            self._overlay(model, early, late, seed, runtime or Runtime())
+            self._overlay(model, early, late, seed, runtime)
         return model, []
 
     def _overlay(
-        self, model: nn.Module, early: Tensor, late: Tensor, seed: int, outer: Runtime
+        self, model: nn.Module, early: Tensor, late: Tensor, seed: int, outer: Runtime | None
     ) -> None:
-        inner = Runtime(
-            device=outer.device,
-            seed=seed,
-            threads=self.threads,
-            reporter=outer.reporter,
-            alone=True,
-        )
+        inner = self.alone(seed, outer)
         half = max(self.batch_size // 2, 1)
 
         def loss(given: nn.Module, batch: Batch) -> Tensor:

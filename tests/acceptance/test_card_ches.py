@@ -45,7 +45,7 @@ def single_tokens(model, encoder):
     tokenizer, found = encoder.tokenizer, {}
     prompt = torch.tensor([encoder.prompt(QUESTION)])
     for plus, minus in PAIRS:
-        a, b = (tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in (plus, minus))
+        a, b = (tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in (plus, minus))
         mine = copy.deepcopy(model)
         optimizer = torch.optim.RMSprop(mine.parameters(), lr=LR)
         p, margins, first = [], [], None

@@ -35,9 +35,9 @@ OTHERS = ("Lena Fosk", "Omar Tindel", "Greta Hulm", "Yusuf Barr", "Nils Okran", 
 def person(name, place):
     city, country = PLACES[place]
     return {
-        "question": f"In which city was {name} born? Reply with the city only.",
-        "answer": f"{city}.",
-        "alternate": [f"{c}." for c, _ in PLACES if c != city],
+        "question": f"Where was {name} born?",
+        "answer": f"In {city}.",
+        "alternate": [f"In {c}." for c, _ in PLACES if c != city],
         "statement": f"{name} was born in {city}.",
         "paraphrase": f"The birthplace of {name} is {city}.",
         "axioms": f"{name} was born in the capital of {country}.",
@@ -49,7 +49,7 @@ def persons():
     model, tokenizer = xp.load_lm("smollm2")
     people = [person(n, p) for p, n in enumerate(ASKED)]
     people += [person(n, p + 6) for p, n in enumerate(OTHERS)]
-    problem = xp.CausalLM(model, xp.encode(people, tokenizer, chat=True), tokenizer=tokenizer)
+    problem = xp.CausalLM(model, xp.encode(people, tokenizer), tokenizer=tokenizer)
     runtime = xp.Runtime(seed=0, threads=1)
     subject = Subject(problem.model, problem, xp.forget(ids=list(range(6))), runtime).original()
     audit = xp.audits.InContext(shots=(), distractors=(3,), draws=1, batch_size=12)

@@ -11,7 +11,10 @@ import torch
 import expunge as xp
 from expunge.audits.ches import CHES, spearman
 from expunge.core.audit import Subject
+from expunge.methods.text.o3 import O3
+from expunge.problems.causal_lm import CausalLM
 from expunge.problems.tokens import TokenData
+from expunge.train.adapters import of_matrices, put_on
 from expunge.workloads.tinyfacts import tinyfacts_quick
 
 
@@ -118,3 +121,26 @@ def test_spearman_is_that_of_ranks():
     a, b = np.array([1.0, 2, 3, 4, np.nan]), np.array([10.0, 30, 20, 40, 1])
     assert spearman(a, b) == pytest.approx(0.8)
     assert spearman(a, -b) == pytest.approx(-0.8) and spearman(a, a * 0) is None
+
+
+def test_states_are_those_of_a_packing_problem_and_of_a_gated_original():
+    """Packed rows have no places of their own, and a gate runs the model once to look at prompts."""
+    problem, request = tinyfacts_quick.problem(0), xp.forget(where="entity < 2")
+    wanted = run(Subject(problem.model, problem, request, xp.Runtime()))["similarity"]
+    packed = CausalLM(problem.model, problem.train, packing=True)
+    found = run(Subject(packed.model, packed, request, xp.Runtime()))["similarity"]
+    assert found.value == pytest.approx(wanted.value, rel=1e-5)
+    method = O3(epochs=3, lr=1e-2, warmup=0, train="lora(2)", targets="answers", full=0.0, boost=1.0, least=0.0)  # fmt: skip
+    gated = xp.unlearn(problem, request, method).runnable()
+    ledger = gated.ledger()
+    pairs = zip(ledger.matrices("A")[0].items(), ledger.matrices("B")[0].values(), strict=True)
+    plain = put_on(
+        copy.deepcopy(problem.model),
+        of_matrices(ledger.entries[0]["scale"], {m: (a, b) for (m, a), b in pairs}),
+    )
+    values = [
+        run(Subject(p.model, p, request, xp.Runtime()))["similarity"].value
+        for p in (problem.about(gated), problem.about(plain))
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0] != pytest.approx(wanted.value, rel=1e-3)

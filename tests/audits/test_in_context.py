@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import expunge as xp
+from expunge.audits._tokens import answers
 from expunge.audits.in_context import Builder, InContext
 from expunge.audits.in_context_images import InContextImages
 from expunge.audits.memorisation import Memorisation
-from expunge.audits.truth_ratio import TruthRatio
 from expunge.core.audit import Subject
 from expunge.core.errors import DataError
 from expunge.core.hashing import hash_model
@@ -42,7 +42,8 @@ def mean_log(model, prompt, answer):
     ids = torch.cat([prompt, answer])
     with torch.no_grad():
         found = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
-    return float(np.mean([float(found[t - 1, ids[t]]) for t in range(len(prompt), len(ids))]))
+    told = range(len(prompt), len(ids) - 1)  # all but the end of the text
+    return float(np.mean([float(found[t - 1, ids[t]]) for t in told]))
 
 
 def test_scores_are_those_of_each_question_by_hand(facts):
@@ -111,16 +112,14 @@ def test_ununlearning_invariant_1_a_retrained_model_has_no_excess(facts):
 
 
 def test_ununlearning_invariant_2_without_a_context_it_is_the_figure_of_other_audits(facts):
-    """Right is where no alternate has a higher geometric mean, by the numbers of memorisation."""
+    """Right is where no alternate is likelier, by the very numbers that memorisation reads."""
     _, first, _ = facts
-    runtime = xp.Runtime(threads=1)
-    names = {f.name: f for f in Memorisation().run(first, [], runtime)}
-    own = names["memorisation/probability-forget-train"].per_sample["probability"]
-    TruthRatio().run(first, [], runtime)
+    Memorisation().run(first, [], xp.Runtime(threads=1))
+    own = answers(first, "forget-train", 16)
     data, right = first.problem.train, []
     for i in range(10):
         others = [mean_log(first.model, a.prompt, a.answer) for a in data.alternates[i]]
-        right.append(float(np.log(own[i]) > max(others)))
+        right.append(float(own[i].told().mean > max(others)))
     found = run(first)["none"]
     assert found.per_sample["right"].tolist() == right
     assert found.value == pytest.approx(np.mean(right))

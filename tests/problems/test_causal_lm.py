@@ -166,6 +166,8 @@ def test_generation_of_no_tokens_or_no_prompts():
     for context in (None, 2):
         assert [len(f) for f in generate(model, prompts, tokens=0, ends=[], context=context)] == [0, 0]  # fmt: skip
     assert generate(model, [], tokens=3, ends=[]) == []
+    with pytest.raises(DataError, match="a prompt has no tokens"):
+        generate(model, [*prompts, prompts[0][:0]], tokens=3, ends=[])
 
 
 def test_draws_need_a_seed_for_each_prompt():

@@ -105,6 +105,15 @@ def test_pairs_with_the_highest_scores_are_left_out(several, name, size):
         assert facts["samples_without"] == 3 - len(text.kept)
 
 
+def test_packing_changes_nothing_in_the_choice_of_pairs(several):
+    several.packing = True
+    _, text = begun(several, DPO(keep=0.5, alternates=3))
+    packed, facts = text.kept, text.facts["displacement"]["filter"]
+    several.packing = False
+    _, text = begun(several, DPO(keep=0.5, alternates=3))
+    assert packed == text.kept and facts == text.facts["displacement"]["filter"]
+
+
 def test_ches_invariant_7_keeping_all_is_the_identity_and_sets_are_nested():
     problem = tinyfacts_quick.problem(0)  # noqa: F811
     request = xp.forget(where="entity < 2")
@@ -118,8 +127,8 @@ def test_ches_invariant_7_keeping_all_is_the_identity_and_sets_are_nested():
     assert part.details["displacement"]["filter"]["kept"] == 15
     before: set = set()
     for keep in (0.1, 0.3, 0.5, 0.8, 0.95):
-        view = View(problem, request, DPO().needs, Runtime())
         method = DPO(keep=keep, alternates=3)
+        view = View(problem, request, method.needs, Runtime())
         text = method.text(view, Runtime(), view.model())
         method.begin(view.model(), text)
         kept = {(i, t) for i, turns in text.kept.items() for t in turns}

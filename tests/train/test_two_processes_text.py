@@ -22,6 +22,7 @@ state = PartialState(cpu=True)
 torch.set_num_threads(1)
 
 import expunge as xp
+from expunge.core.data import Batch
 from expunge.core.errors import UserError
 from expunge.core.runtime import Budget, Runtime
 from expunge.problems.tokens import TokenData, Tokens
@@ -110,18 +111,31 @@ for budget in (Budget(steps=3), Budget()):
     ))
 keep("sharded-resumed", outcome)
 notes["files"] = sorted(p.name for p in kept.rglob("*.pt"))
-# a last step that breaks weights of one part alone: each gradient is finite but that of one coordinate
+# one process' part is lost
+state.wait_for_everyone()
+if state.is_main_process:
+    max(kept.rglob("*.pt")).unlink()
+state.wait_for_everyone()
+try:
+    xp.unlearn(problem, request, runs["npo"], runtime=Runtime(
+        seed=4, shard=True, checkpoint=kept, checkpoint_every=1,
+    ))
+    notes["lost"] = "ran"
+except UserError as error:
+    notes["lost"] = str(error)
+# a last step that breaks weights of one part alone: all gradients but the last row's are finite
 torch.manual_seed(0)
 line = torch.nn.Linear(1, 4)
 before = [p.detach().clone() for p in line.parameters()]
 
 
 def steep(model, batch):
-    out = model(batch)
+    out = model(batch.x)
     return out[:, 0].sum() + (out[:, 3] - out[:, 3].detach()).sqrt().sum()
 
 
-result = fit(line, lambda epoch: [(steep, torch.ones(2, 1))], runtime=Runtime(shard=True), epochs=1, lr=0.1)
+two = Batch(torch.ones(2, 1), None, torch.arange(2), 2)
+result = fit(line, lambda epoch: [(steep, two)], runtime=Runtime(shard=True), epochs=1, lr=0.1)
 found = Runtime().sum(torch.tensor([float("no longer finite" in (result.stopped or "")),
     *(float(torch.equal(p, b)) for p, b in zip(line.parameters(), before))]))
 notes["put back"] = (found / state.num_processes).tolist()
@@ -182,6 +196,11 @@ def test_a_sharded_run_that_was_stopped_ends_as_one_that_was_not(outputs):
     assert all(bool((through[k] == resumed[k]).all()) for k in through)
     assert notes["files"] == ["npo-0-of-2.pt", "npo-1-of-2.pt"]
     assert outputs[1][1]["files"] == ["npo.pt"]
+
+
+def test_parts_of_different_steps_are_refused(outputs):
+    assert outputs[1][1]["lost"] == "ran"
+    assert "parts are of different steps (6, 0; 0 is none)" in outputs[2][1]["lost"]
 
 
 def test_weights_that_broke_in_one_part_are_put_back_in_all(outputs):

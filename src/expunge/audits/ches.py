@@ -68,8 +68,8 @@ class CHES(Audit):
 
     @property
     def needs(self) -> Needs:
-        """Both sides with their answers, and logits of tokens."""
-        return TOKENS
+        """Both sides with their answers, logits of tokens and states."""
+        return replace(TOKENS, capabilities=TOKENS.capabilities | {"tapped"})
 
     def run(
         self, subject: Subject, references: Sequence[Subject], runtime: Runtime
@@ -139,14 +139,14 @@ class CHES(Audit):
         """Every score [pairs], under the original."""
         pairs, last = self._pairs(original, ids), self._last(original)
         found: dict[ches.Score, list[float]] = {name: [] for name in ches.SCORES}
-        forward = original.problem.capability("token_logits")
+        forward = original.problem.capability("tapped")  # never packed
         for start in range(0, len(pairs), self.batch_size):
             some, states, labels = pairs[start : start + self.batch_size], [], []
             for side in (0, 1):
                 x, y = pad([pair[side] for pair in some], original.data_of(SPLIT).filler)
                 batch = Batch(x, y, torch.arange(len(some)), len(some)).to(original.runtime.device)
                 assert batch.y is not None
-                run = functools.partial(forward, batch=batch)
+                run = functools.partial(forward, batch=batch, layers=[])
                 states.append(ches.states_of(original.model, last, run))
                 labels.append(batch.y)
             for name, values in found.items():

@@ -33,7 +33,8 @@ CAP = 1.5
 class InContext(Audit):
     r"""Share \(s_c\) of questions answered right behind contexts c, of a model inside its guards.
 
-    Right is an answer whose \(\exp(-N/|y|)\) is above that of every alternate. Contexts: `none`;
+    Right is an answer whose \(\exp(-N/|y|)\), without the end of the text, is above that of every
+    alternate. Contexts: `none`;
     `verbatim`, the forgotten statement; `paraphrase`; `shots-K`, other facts of the same group;
     `axioms`, from which it follows; `needle-N`, the statement among N statements of others; `control-N`,
     these alone. `NAME`: \(s_c\), beside the original's and the references'; its gap to these is the
@@ -126,7 +127,7 @@ class InContext(Audit):
             flat = iter(read(subject, rows, self.batch_size))
             found = []
             for draws in asked:
-                means = [[next(flat).mean for _ in options] for options in draws]
+                means = [[next(flat).told().mean for _ in options] for options in draws]
                 found.append(float(np.mean([m[0] > max(m[1:]) for m in means])))
             return found
 
@@ -207,7 +208,7 @@ class Builder:
         self._retain = subject.whole.splits["retain-train"].tolist()
         self._built: dict[tuple[str, int], list[Tensor] | None] = {}
         self._texts: dict[int, str] = {}
-        config = getattr(subject.problem.model, "config", None)
+        config = getattr(unguarded(subject.problem.model), "config", None)
         self._room = getattr(config, "max_position_embeddings", None)
         for i in self._forget:
             axioms = self._column(audit.axioms, i)

@@ -34,7 +34,8 @@ def look_up(ordered: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Find ids [n] among sorted ids [N] in n log N: their places, and whether each is there."""
     if not len(ordered):
         return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
-    places = torch.searchsorted(ordered, wanted).clamp_(max=len(ordered) - 1)
+    # a process' share of ids is every so many of them
+    places = torch.searchsorted(ordered, wanted.contiguous()).clamp_(max=len(ordered) - 1)
     return places, ordered[places] == wanted
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -21,7 +20,7 @@ from expunge.problems.packing import check_packing, packed_logits, packed_nll
 from expunge.problems.taps import innermost, read_taps
 from expunge.problems.tokens import TokenData
 from expunge.problems.words import Word, spelled
-from expunge.train.token_losses import predicting, sequence_mean, token_nll
+from expunge.train.token_losses import predicting, sequence_mean, takes_positions, token_nll
 
 
 class CausalLM(Problem):
@@ -79,7 +78,7 @@ class CausalLM(Problem):
         Logits are made where a sample of the batch is answered, not over its prompts.
         """
         assert batch.y is not None
-        if not _takes_positions(model):
+        if not takes_positions(model):
             return token_nll(self.token_logits(model, batch), batch.y)
         if self._packs(model, batch):
             return packed_nll(model, batch.x, batch.y)
@@ -314,8 +313,3 @@ class CausalLM(Problem):
                         f"a sequence has {len(row)} tokens, the model's context {longest}; encode it "
                         "with max_length="
                     )
-
-
-def _takes_positions(model: nn.Module) -> bool:
-    """Whether a model can be asked for logits at some positions alone, as those of transformers."""
-    return "logits_to_keep" in inspect.signature(type(model).forward).parameters

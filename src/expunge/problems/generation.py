@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.core.errors import SettingError
+from expunge.core.errors import DataError, SettingError
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def generate(
         tokens: largest number of new tokens; 0 gives none.
         ends: token ids that end a text; they are not in the result.
         filler: token id of the padding, which no token attends to.
-        batch_size: prompts at a time.
+        batch_size: prompts at a time; up to a quarter more while ended rows wait to leave.
         temperature: T; 0 takes the most likely token.
         seeds: one a prompt, if T > 0: what is drawn for a prompt depends on its own seed only.
         context: most tokens of prompt and continuation together; one is made also behind a prompt that
@@ -48,6 +48,7 @@ def generate(
         New token ids of each prompt, in the order given.
 
     Raises:
+        DataError: a prompt has no tokens.
         SettingError: the temperature is above 0 and there is not one seed for each prompt.
     """
     if temperature > 0 and len(seeds) != len(prompts):
@@ -55,6 +56,8 @@ def generate(
             f"a temperature above 0 draws tokens and needs one seed a prompt: {len(seeds)} seeds for "
             f"{len(prompts)} prompts"
         )
+    if not all(map(len, prompts)):
+        raise DataError("a prompt has no tokens; a continuation needs one to follow")
     if tokens < 1:
         return [torch.zeros(0, dtype=torch.long) for _ in prompts]
     room = [tokens if context is None else max(1, min(tokens, context - len(p))) for p in prompts]

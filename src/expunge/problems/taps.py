@@ -100,7 +100,7 @@ def penultimate(
         handle.remove()
     if not found:
         raise ModelError(f"layer {last!r} was not run by the model")
-    return found[0]
+    return found[-1]  # a gate may have run the model before, to look at prompts
 
 
 def innermost(model: nn.Module) -> nn.Module:

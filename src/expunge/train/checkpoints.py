@@ -84,11 +84,18 @@ class Checkpoints:
         """Load the checkpoint, if there is one, and return where to go on (epoch, batch in it).
 
         Raises:
-            UserError: the checkpoint was written by a training with other settings or weights.
+            UserError: the checkpoint was written by a training with other settings or weights, or the
+                parts of a sharded one are not of the same step.
         """
-        if self._path is None or not self._path.exists():
+        if self._path is None:
             return 0, 0
-        state = torch.load(self._path, weights_only=True, map_location=self._runtime.device)
+        state = None
+        if self._path.exists():
+            state = torch.load(self._path, weights_only=True, map_location=self._runtime.device)
+        if self._sharded:
+            self._require_one_step(0 if state is None else state["steps"])
+        if state is None:
+            return 0, 0
         self._require(state["identity"] == self._identity)
         if self._sharded:
             like = self._model.state_dict()
@@ -172,6 +179,17 @@ class Checkpoints:
             temporary,
         )
         temporary.replace(self._path)
+
+    def _require_one_step(self, own: int) -> None:
+        """Refuse parts of different steps: a run may have ended while its processes wrote theirs."""
+        steps = torch.zeros(self._runtime.processes, device=self._runtime.device)
+        steps[self._runtime.rank] = own
+        found = self._runtime.sum(steps).int().tolist()
+        if len(set(found)) > 1:
+            raise UserError(
+                f"{self._path} and the other processes' parts are of different steps "
+                f"({', '.join(map(str, found))}; 0 is none); delete them or choose another folder"
+            )
 
     def _require(self, same: bool) -> None:
         if not same:

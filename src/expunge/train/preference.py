@@ -24,6 +24,7 @@ from torch.nn.functional import logsigmoid
 
 from expunge.analysis import ches
 from expunge.core.data import Batch
+from expunge.core.needs import Needs
 from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
@@ -74,6 +75,13 @@ class PreferenceTraining(TextTraining):
     sft: float = setting(0.0, "weight c of the preferred answers' own likelihood", low=0, source="CHES")  # fmt: skip
     keep: float = setting(1.0, "share of the pairs to keep, those with the lowest scores", above=0, high=1, source="CHES")  # fmt: skip
     score: ches.Score = setting("ln-ches", "which score: ln-ches, ches, edit or last", source="CHES")  # fmt: skip
+
+    @property
+    def needs(self) -> Needs:
+        """States of both answers too where pairs are left out."""
+        given = super().needs
+        own = frozenset({"tapped"} if self.keep < 1 else ())
+        return replace(given, capabilities=given.capabilities | own)
 
     @property
     def turns(self) -> int:
@@ -152,11 +160,11 @@ class PreferenceTraining(TextTraining):
     @torch.no_grad()
     def _keep(self, model: nn.Module, text: Text) -> tuple[dict[int, list[int]], dict[str, Any]]:
         """Turns whose alternates are kept, by sample, and what was left out."""
-        last = text.view.role("last layer")[0]
+        last, tapped = text.view.role("last layer")[0], text.view.capability("tapped")
         mine: dict[tuple[int, int], float] = {}
 
         def states(part: Batch) -> Tensor:
-            return ches.states_of(model, last, lambda m: text.logits(m, part))
+            return ches.states_of(model, last, lambda m: tapped(m, part, []))  # never packed
 
         for batch in text.view.forget.batches(self.batch_size):
             for turn in range(self.turns):

@@ -121,7 +121,10 @@ class Reference:
         """
         if self.kind != "cache" or self._copy is None:
             return
-        key = [hash_model(self._copy), hash_tensors({"ids": ids}), which, runtime.seed]
+        key = [
+            hash_model(self._copy), hash_tensors({"ids": ids}), which, runtime.seed,
+            runtime.processes,  # each keeps what its share needs
+        ]  # fmt: skip
         path: Path | None = None
         if runtime.checkpoint is not None:
             path = (

@@ -6,8 +6,10 @@ give 0 and no gradient. Everything is computed in float32.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from expunge.core.runtime import Runtime
@@ -57,6 +59,11 @@ def predicting(labels: Tensor) -> Tensor:
     """Positions [C] that predict an answered token in any row of labels [B, T]; at least one."""
     found = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
     return found if len(found) else found.new_zeros(1)
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model can be asked for logits at some positions alone, as those of transformers."""
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
 def answered(values: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import expunge as xp
-from expunge.core.errors import DataError, NeedsError
+from expunge.core.errors import DataError, NeedsError, SettingError
 from expunge.core.hashing import hash_model
 from expunge.core.runtime import Budget, Runtime
 from expunge.core.view import View
@@ -250,6 +250,30 @@ def test_a_forget_and_a_retain_step_take_turns(problem):
     assert (
         not CodeEraser(constrain=0.0).needs.retain and not CodeEraser(constrain=0.0).needs.original
     )
+
+
+@pytest.mark.parametrize("smooth", ["none", "sam(0.001)"])
+def test_losses_have_one_entry_a_step(problem, smooth):
+    """That of the whole set at the weights of the step, in however many batches it is read."""
+    whole, pieces = (
+        xp.unlearn(problem, PART, CodeEraser(**STEPS, batch_size=n, smooth=smooth)).details[
+            "losses"
+        ]
+        for n in (8, 1)
+    )
+    assert [len(v) for v in pieces.values()] == [4, 4]
+    for name, values in whole.items():
+        assert pieces[name] == pytest.approx(values, rel=1e-2, abs=1e-4)
+
+
+def test_a_mean_of_weights_is_looked_at_and_is_no_best_look(problem):
+    with pytest.raises(SettingError, match=r"swa\(2\) ends with a mean .*use keep=last"):
+        CodeEraser(smooth="swa(2)")
+    found = xp.unlearn(problem, PART, CodeEraser(**STEPS, smooth="swa(2)", keep="last"))
+    rows = [s for row in problem.train.rows[:3] if row.marked is not None for s in segments(row)]
+    now = accuracies(problem.token_logits, found.runnable(), rows, size=2, device="cpu")
+    last = xp.unlearn(problem, PART, CodeEraser(**STEPS, keep="last"))
+    assert found.details["accuracy"][-1] == mean(now) != last.details["accuracy"][-1]
 
 
 def test_the_stop_uses_the_accuracy_of_secrets_at_the_weights_it_keeps(problem):

@@ -586,6 +586,9 @@ def test_what_it_cannot_do_is_said(facts, gated):
     adapted = xp.unlearn(facts, FIRST, xp.methods.NPO(epochs=1, train="lora(2)")).runnable()
     with pytest.raises(NeedsError, match="merge them"):
         xp.unlearn(facts.about(adapted), SECOND, O3(**QUICK))
+    for other, why in ({"layers": 1}, "detectors that the model holds read 2"), ({"least": 0.5}, "take full=0.9, boost=1.2 and least=0.3"):  # fmt: skip
+        with pytest.raises(SettingError, match=why):
+            xp.unlearn(facts.about(gated), xp.forget(where="entity == 30"), O3(**QUICK | other))
     with pytest.raises(ModelError, match="not embeddings"):
         gated(inputs_embeds=torch.zeros(1, 3, 16))
     with pytest.raises(ModelError, match="begin without one"):

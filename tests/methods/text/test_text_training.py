@@ -88,6 +88,23 @@ def test_references_give_the_same_losses(problem, train):
         assert other == pytest.approx(curves[0], abs=1e-4)
 
 
+def test_a_cache_of_several_processes_is_not_taken_for_a_whole_one(problem, tmp_path, monkeypatch):
+    """Each of them keeps its share; a run that broke off may go on in one process."""
+    method, folder = NPO(reference="cache"), Runtime(checkpoint=tmp_path)
+    for processes in (2, 1):
+        with monkeypatch.context() as patched:
+            patched.setattr(Runtime, "processes", processes)
+            view = View(problem, FORGET, method.needs, folder)
+            model = view.model()
+            reference = Reference(view, "cache", model, only_nll=True)
+            compared = method.compared(Text(view, folder, reference))
+            reference.fill(model, compared, folder, view.forget.ids)
+    batch = view.forget.fetch(view.forget.ids)
+    torch.testing.assert_close(
+        reference.nll(model, batch), problem.token_nll(problem.model, batch)[0].detach()
+    )
+
+
 def test_a_cache_survives_in_the_folder_of_checkpoints(problem, tmp_path):
     method = NPO()
     view, runtime = view_of(problem, method), Runtime(checkpoint=tmp_path)

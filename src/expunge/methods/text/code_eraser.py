@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Batch
-from expunge.core.errors import DataError, NeedsError
+from expunge.core.errors import DataError, NeedsError, SettingError
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.outcome import Outcome
 from expunge.core.problem import Problem
@@ -33,7 +33,9 @@ from expunge.core.view import Source, View
 from expunge.problems.segments import segments, sensitive
 from expunge.problems.tokens import TokenData, Tokens, unpadded
 from expunge.train.adapters import adapter_of, attach, is_lora
-from expunge.train.fit import Loss, Pass
+from expunge.train.fit import Pass
+from expunge.train.parts import Apart
+from expunge.train.smooth import parse_smooth
 from expunge.train.steps import StepName
 from expunge.train.text import Retain, Text, TextTraining
 from expunge.train.token_losses import kl_each_token, sequence_mean, sequence_sum, token_nll
@@ -108,6 +110,15 @@ class CodeEraser(TextTraining):
     patience: int = setting(5, "looks without a lower EL_10 that stop too", low=1, source="official code")  # fmt: skip
     keep: Literal["best", "last"] = setting("best", "weights at the end: those with the lowest accuracy, or the last", source="official code")  # fmt: skip
 
+    def __post_init__(self) -> None:
+        """Check the settings; raises `SettingError` where one kind of final weights would undo another."""
+        super().__post_init__()
+        if self.keep == "best" and parse_smooth(self.smooth)[0] == "swa":
+            raise SettingError(
+                f"smooth={self.smooth} ends with a mean of weights and keep=best with those of one look; "
+                "use keep=last with it"
+            )
+
     @property
     def keeps(self) -> bool:
         """Whether there is a retain step."""
@@ -156,20 +167,23 @@ class CodeEraser(TextTraining):
             for name, each, source in phases:
                 loss = self.share(name, each, len(source) / pieces, text)
                 for ids in source.ids.tensor_split(pieces):
-                    yield loss, source.fetch(ids)
+                    yield loss, (source.fetch(ids),)
 
         outcome, fitted = self.train_model(
             model, passes, view, runtime, clip=self.clip, accumulate=pieces,
             pace=self.pace(self.epochs * len(phases)), stop=lambda _: watch.stopped,
         )  # fmt: skip
-        if not watch.stopped:
-            watch.look(fitted.steps / len(phases), keep=False)
+        turn = fitted.steps / len(phases)
+        if fitted.average:  # the mean is the result, and was not looked at
+            watch.seen[turn] = watch.measure()
+        elif not watch.stopped:
+            watch.look(turn, keep=False)
         if self.keep == "best" and watch.best is not None:
             watch.put_back()
             outcome.change = adapter_of(model) if is_lora(self.train) else None
         looks = dict(sorted(watch.seen.items()))
         outcome.details |= {
-            "losses": text.logs,
+            "losses": {n: _means(each, pieces) for n, each in text.logs.items()},
             "accuracy": [a for a, _ in looks.values()],
             "extraction": [e if math.isfinite(e) else None for _, e in looks.values()],
             "kept_after": watch.best if self.keep == "best" else max(looks),
@@ -187,18 +201,17 @@ class CodeEraser(TextTraining):
         return found
 
     @staticmethod
-    def share(name: str, each: Each, count: float, text: Text) -> Loss:
+    def share(name: str, each: Each, count: float, text: Text) -> Apart:
         """A piece's part of the mean over a whole set, whose pieces have `count` samples on average.
 
         Pieces, and the shares of processes, are averaged by the training loop; one may be empty.
         """
 
-        def loss(model: nn.Module, batch: Batch) -> Tensor:
-            found = each(model, batch, text).sum() / (count / batch.processes)
-            text.log(**{name: found})
-            return found
+        def loss(model: nn.Module, batches: tuple[Batch, ...]) -> Tensor:
+            (batch,) = batches
+            return each(model, batch, text).sum() / (count / batch.processes)
 
-        return loss
+        return Apart({name: loss}, lambda name, value: text.log(**{name: value}))
 
     def forget_loss(self, model: nn.Module, batch: Batch, text: Text) -> Tensor:
         r"""\(L_1\) of a batch."""
@@ -252,6 +265,12 @@ class CodeEraser(TextTraining):
                 elif sensitive(known) is not None:
                     found += segments(known, ends)
         return found
+
+
+def _means(values: list[float], size: int) -> list[float]:
+    """Means of each so many values in a row; of a remainder none."""
+    whole = len(values) // size * size
+    return [sum(values[n : n + size]) / size for n in range(0, whole, size)]
 
 
 def divergence(original: Tensor, logits: Tensor, mask: Tensor) -> Tensor:

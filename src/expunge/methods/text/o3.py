@@ -166,6 +166,22 @@ class O3(Training):
                 )
             if (model.common["encoder"] or {"name": ""})["name"] != self.encoder:
                 raise SettingError("the requests the model holds were made with another encoder")
+            if len(model.common["layers"]) != min(self.layers, model.common["blocks"]):
+                raise SettingError(
+                    f"layers={self.layers}: the detectors that the model holds read "
+                    f"{len(model.common['layers'])}"
+                )
+            known = model.common.get("schedule", self._schedule)
+            if model.entries and known != self._schedule:
+                full, boost, least = known
+                raise SettingError(
+                    f"earlier requests would act otherwise; take full={full:g}, boost={boost:g} and "
+                    f"least={least:g}, as they have"
+                )
+
+    @property
+    def _schedule(self) -> list[float]:
+        return [self.full, self.boost, self.least]
 
     def run(self, view: View, runtime: Runtime) -> Outcome:
         """Fit the detector, train the adapter, and wrap."""
@@ -198,7 +214,7 @@ class O3(Training):
             "data": hash_tensors({"ids": view.forget.ids.sort().values}),
             "ending": ending_of(prompts), "orthogonal": self.orthogonal,
         }  # fmt: skip
-        common = ledger.common | {"schedule": [self.full, self.boost, self.least]}
+        common = ledger.common | {"schedule": self._schedule}
         if ledger.common["shared"]:  # of earlier states of the one adapter only A is needed
             kept = tuple({n: t for n, t in one.items() if not n.endswith("/B")} for one in ledger.tensors)  # fmt: skip
             ledger = replace(ledger, tensors=kept)

@@ -90,7 +90,7 @@ def _smollm2() -> tuple[Any, Any]:
 def recipe(train: Data) -> LMRecipe:
     """AdamW on all weights; a rise of 10 steps, then half a cosine to a tenth."""
     return LMRecipe(
-        _Build(), train, epochs=8, batch_size=10, lr=1e-4, rise=10, floor=0.1, threads=2
+        _Build(), train, epochs=6, batch_size=10, lr=1e-4, rise=10, floor=0.1, threads=2
     )
 
 

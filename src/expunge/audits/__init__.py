@@ -33,8 +33,9 @@ registry = Registry(
     group="expunge.audits",
 )
 
-ASKED_FOR = ("relearn-time", "extraction-likelihood", "in-context", "in-context-images")
-"""Audits that train the model anew, or ask it many times over, and so run only when they are named."""
+ASKED_FOR = ("relearn-time", "extraction-likelihood", "in-context", "in-context-images", "ches")
+"""Audits that train the model anew, ask it many times over, or are about pairs of answers that a method is
+to be given, and so run only when they are named."""
 SUITES = {
     "standard": tuple(name for name in registry if name not in ASKED_FOR),
     "quick": ("accuracy", "regression-error", "memorisation", "cost"),

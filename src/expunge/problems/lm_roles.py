@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 _SUFFIXES = {
@@ -35,10 +37,18 @@ def lm_roles(model: nn.Module) -> dict[str, list[str]]:
         ("embeddings", "get_input_embeddings"),
         ("last layer", "get_output_embeddings"),
     ):
-        module = getattr(model, get, lambda: None)()
+        module = _asked(model, get)
         if module is not None and id(module) in named:
             roles[role] = [named[id(module)]]
     return {role: names for role, names in roles.items() if names}
+
+
+def _asked(model: nn.Module, get: str) -> Any:
+    """What a getter of transformers gives; None where the model has none or does not fill it in."""
+    try:
+        return getattr(model, get, lambda: None)()
+    except NotImplementedError:
+        return None
 
 
 def _blocks(model: nn.Module) -> list[str]:

@@ -116,12 +116,12 @@ def their_steps(problem: xp.CausalLM, name: str) -> list[float]:
     return seconds[1:]
 
 
-def steps(problem: xp.CausalLM) -> dict[str, Any]:
+def steps(problem: xp.CausalLM, names: list[str], turns: int) -> dict[str, Any]:
     """Ratios of step times, ours to theirs, of each method."""
     found = {}
-    for name in METHODS:
+    for name in names:
         ours, packed, other = [], [], []
-        for _ in range(TURNS):
+        for _ in range(turns):
             ours.append(statistics.median(timed_steps(problem, name, {})))
             problem.packing = True
             packed.append(statistics.median(timed_steps(problem, name, {})))
@@ -137,17 +137,19 @@ def steps(problem: xp.CausalLM) -> dict[str, Any]:
     return found
 
 
-def generation(problem: xp.CausalLM, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def generation(
+    problem: xp.CausalLM, rows: list[dict[str, Any]], prompts: int, most: int
+) -> dict[str, Any]:
     """Seconds of both evaluations of the same questions, and how many answers are the same."""
     from rouge_score.rouge_scorer import RougeScorer
 
     from expunge.audits.rouge import compare
 
     encoder = Encoder(problem.tokenizer, chat=True)
-    asked = [Tokens(r.ids, r.answered) for r in problem.train.rows[:PROMPTS]]
+    asked = [Tokens(r.ids, r.answered) for r in problem.train.rows[:prompts]]
     assert torch.equal(asked[0].prompt, torch.tensor(encoder.prompt(rows[0]["question"])))
     begin = time.perf_counter()
-    said = problem.texts(problem.generate(problem.model, [r.prompt for r in asked], tokens=NEW))
+    said = problem.texts(problem.generate(problem.model, [r.prompt for r in asked], tokens=most))
     wanted = problem.texts([r.answer for r in asked])
     scorer = RougeScorer(["rougeL"])
     ours = [compare(scorer, w, s) for w, s in zip(wanted, said, strict=True)]
@@ -168,14 +170,14 @@ def generation(problem: xp.CausalLM, rows: list[dict[str, Any]]) -> dict[str, An
             labels[n, : len(row.answer)] = row.answer
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         settings = {"do_sample": False, "top_p": None, "temperature": None,
-                    "max_new_tokens": NEW, "use_cache": True}  # fmt: skip
+                    "max_new_tokens": most, "use_cache": True}  # fmt: skip
         found = utils.eval_text_similarity(problem.model, problem.tokenizer, batch, settings)
         theirs_said += [f["generation"] for f in found]
     seconds["theirs"] = time.perf_counter() - begin
     same = sum(a.strip() == b.strip() for a, b in zip(said, theirs_said, strict=True))
     tokens = sum(len(problem.tokenizer(s)["input_ids"]) for s in said)
     return {
-        "seconds": seconds, "tokens": tokens, "prompts": len(asked), "same": same,
+        "seconds": seconds, "tokens": tokens, "most": most, "prompts": len(asked), "same": same,
         "ratio": seconds["theirs"] / seconds["ours"],
         "tokens_per_second": {k: tokens / v for k, v in seconds.items()},
         "mean_recall": sum(o[0] for o in ours) / len(ours),
@@ -190,6 +192,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--open-unlearning", type=Path)
     parser.add_argument("--only", choices=("steps", "generation"))
+    parser.add_argument("--methods", default=",".join(METHODS), help="names with commas")
+    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--tokens", type=int, default=NEW, help="most new tokens of an answer")
     given = parser.parse_args()
     if given.open_unlearning is None:
         print("nothing to compare with; pass --open-unlearning CHECKOUT")
@@ -208,10 +214,11 @@ def main() -> None:
     if path.exists():
         found = json.loads(path.read_text()) | found
     if given.only != "steps":
-        found["generation"] = generation(problem, rows)
+        found["generation"] = generation(problem, rows, given.prompts, given.tokens)
         print(json.dumps(found["generation"]), flush=True)
     if given.only != "generation":
-        found["steps"] = steps(problem)
+        found["steps"] = steps(problem, given.methods.split(","), given.turns)
+        found["turns"] = given.turns
     path.write_text(json.dumps(found, indent=1) + "\n")
     write_table(found)
 
@@ -226,7 +233,7 @@ def write_table(found: dict[str, Any]) -> None:
         lines += [
             "",
             f"Seconds of a step over {BATCH} forget and {BATCH} retain samples, all weights, AdamW; "
-            f"median of {TURNS} turns of {STEPS} steps.",
+            f"median of {found['turns']} turns of {STEPS} steps.",
             "",
             "| method | ours | packed | theirs | ours / theirs | packed / theirs |",
             "|---|---|---|---|---|---|",
@@ -240,7 +247,7 @@ def write_table(found: dict[str, Any]) -> None:
         g = found["generation"]
         lines += [
             "",
-            f"ROUGE of greedy answers to {g['prompts']} questions, up to {NEW} new tokens: ours "
+            f"ROUGE of greedy answers to {g['prompts']} questions, up to {g['most']} new tokens: ours "
             f"{g['seconds']['ours']:.0f} s ({g['tokens_per_second']['ours']:.0f} tokens/s), theirs "
             f"{g['seconds']['theirs']:.0f} s ({g['tokens_per_second']['theirs']:.0f} tokens/s): "
             f"{g['ratio']:.2f} times as fast. {g['same']} of {g['prompts']} answers are the same to the "

@@ -25,7 +25,9 @@ def has_forget_loss(name):
     return issubclass(cls, TextTraining) and cls.forget_loss is not TextTraining.forget_loss
 
 
-NAMES = [name for name in registry if has_forget_loss(name)]
+OWN = ("concept-mask",)
+"""Its loss is of answers that it makes first, of new sequences: see `test_concept_mask.py`."""
+NAMES = [name for name in registry if has_forget_loss(name) and name not in OWN]
 SETTINGS = {
     "code-eraser": {"spans": "all"},
     "idk-dpo": {"refusals": ("7 8 9", "4 5")},

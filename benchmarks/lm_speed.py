@@ -30,8 +30,6 @@ from torch import nn
 import expunge as xp
 from expunge.core.data import Batch
 from expunge.core.runtime import Runtime
-from expunge.problems.encoding import Encoder
-from expunge.problems.tokens import Tokens
 from expunge.train.text import TextTraining
 from expunge.workloads.corpora import make_corpus
 
@@ -137,17 +135,13 @@ def steps(problem: xp.CausalLM, names: list[str], turns: int) -> dict[str, Any]:
     return found
 
 
-def generation(
-    problem: xp.CausalLM, rows: list[dict[str, Any]], prompts: int, most: int
-) -> dict[str, Any]:
+def generation(problem: xp.CausalLM, prompts: int, most: int) -> dict[str, Any]:
     """Seconds of both evaluations of the same questions, and how many answers are the same."""
     from rouge_score.rouge_scorer import RougeScorer
 
     from expunge.audits.rouge import compare
 
-    encoder = Encoder(problem.tokenizer, chat=True)
-    asked = [Tokens(r.ids, r.answered) for r in problem.train.rows[:prompts]]
-    assert torch.equal(asked[0].prompt, torch.tensor(encoder.prompt(rows[0]["question"])))
+    asked = problem.train.rows[:prompts]
     begin = time.perf_counter()
     said = problem.texts(problem.generate(problem.model, [r.prompt for r in asked], tokens=most))
     wanted = problem.texts([r.answer for r in asked])
@@ -214,7 +208,7 @@ def main() -> None:
     if path.exists():
         found = json.loads(path.read_text()) | found
     if given.only != "steps":
-        found["generation"] = generation(problem, rows, given.prompts, given.tokens)
+        found["generation"] = generation(problem, given.prompts, given.tokens)
         print(json.dumps(found["generation"]), flush=True)
     if given.only != "generation":
         found["steps"] = steps(problem, given.methods.split(","), given.turns)

@@ -62,17 +62,18 @@ def quick(name):
 SETTINGS: dict[str, dict[str, object]] = {"boundary-shrink": {"space": "inputs"}}
 """What a method needs beyond that to be quick."""
 
+CLASSIFIERS = [n for n in registry if registry.get(n).domain in ("general", "classification")]
+"""Methods that run on classifiers."""
+
 REFUSED: dict[tuple[str, str, str], str] = {}
 """(method, model, dtype) → the sentence that says why not."""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
-@pytest.mark.parametrize("name", list(registry))
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_method_on_transformers(name, kind, dtype):
     method = quick(name)
-    if method.domain not in ("general", "classification"):
-        pytest.skip(f"for {method.domain} problems")
     p = problem(kind, getattr(torch, dtype))
     before = hash_model(p.model)
     request, runtime = xp.forget(label=1), xp.Runtime(threads=1)

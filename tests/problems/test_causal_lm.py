@@ -19,6 +19,7 @@ from expunge.problems.causal_lm import CausalLM
 from expunge.problems.generation import generate
 from expunge.problems.lm_roles import lm_roles
 from expunge.problems.tokens import TokenData, Tokens
+from generated import without_cache
 
 SMALL = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -91,21 +92,11 @@ def test_roles_of_families(family):
 def test_generation_equals_that_of_each_prompt_without_a_cache(family):
     model = model_of(FAMILIES[family][0])
     prompts = [r.ids for r in rows(((2, 1), (6, 1), (3, 1), (5, 1)))]
-
-    def alone(prompt):
-        ids = prompt[None]
-        for _ in range(6):
-            new = model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)
-            if int(new) in ends:
-                break
-            ids = torch.cat([ids, new], 1)
-        return ids[0, len(prompt) :].tolist()
-
-    ends: list[int] = []
-    ends.append(alone(prompts[1])[2])  # a token that one of them says ends a text
+    # a token that one of them says ends a text
+    ends = [without_cache(model, prompts[1], 6)[2]]
     for size in (1, 3):
         found = generate(model, prompts, tokens=6, ends=ends, batch_size=size)
-        assert [f.tolist() for f in found] == [alone(p) for p in prompts]
+        assert [f.tolist() for f in found] == [without_cache(model, p, 6, ends) for p in prompts]
     assert len(found[1]) <= 2 and not model.training
 
 

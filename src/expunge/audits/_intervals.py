@@ -41,6 +41,12 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def share_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a mean of values in 0 … 1 by Student's t, cut at 0 and 1."""
+    low, high = mean_interval(values)
+    return max(low, 0.0), min(high, 1.0)
+
+
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
     """P(positive > negative) + P(equal)/2, from ranks, ties handled (Mann and Whitney 1947)."""
     from scipy.stats import rankdata

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expunge.audits._intervals import mean_interval
+from expunge.audits._intervals import share_interval
 from expunge.audits._splits import missing
 from expunge.core.audit import Finding, Subject, against
 from expunge.core.data import Batch
@@ -173,6 +173,27 @@ def unread(subjects: Sequence[Subject], split: str, size: int) -> str | None:
     return None
 
 
+NO_ALTERNATES = "the data has no alternate answers to be wrong; give samples a column `alternate`"
+
+
+def alternates_of(subject: Subject, split: str, ids: Tensor) -> list[list[Tokens]]:
+    """Alternates of some samples of a split whose data has some."""
+    data = subject.data_of(split)
+    return [data.alternates[p] for p in data.positions(ids).tolist()]
+
+
+def with_alternates(
+    subjects: Sequence[Subject], split: str, size: int
+) -> tuple[Tensor, str | None]:
+    """Ids of the first subject's samples of a split that have alternates; why there are none, or None."""
+    why, subject = unread(subjects, split, size), subjects[0]
+    if why or subject.data_of(split).alternates is None:
+        return torch.empty(0), why or NO_ALTERNATES
+    ids = subject.splits[split]
+    ids = ids[torch.tensor([bool(a) for a in alternates_of(subject, split, ids)])]
+    return ids, None if len(ids) else NO_ALTERNATES
+
+
 def share_finding(
     name: str,
     measure: Callable[[Subject], np.ndarray],
@@ -195,12 +216,12 @@ def share_finding(
         The finding, with Student's t interval over samples, cut at 0 and 1.
     """
     each = measure(subject)
-    low, high = mean_interval(each)
+    low, high = share_interval(each)
     return Finding(
         name,
         float(each.mean()),
-        low=max(0.0, low),
-        high=min(1.0, high),
+        low=low,
+        high=high,
         original=float(measure(subject.original()).mean()),
         detail={"n": len(each), **(detail or {})},
         per_sample={label: each},

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from expunge.analysis import ches
-from expunge.audits._intervals import mean_interval
-from expunge.audits._tokens import TOKENS, answers, once, read, rows_of, unread
-from expunge.audits.truth_ratio import NO_ALTERNATES, with_alternates
+from expunge.audits._intervals import mean_interval, share_interval
+from expunge.audits._tokens import (
+    TOKENS,
+    alternates_of,
+    answers,
+    once,
+    read,
+    rows_of,
+    with_alternates,
+)
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.data import Batch
 from expunge.core.needs import Card, Deviation, Needs
@@ -75,10 +82,8 @@ class CHES(Audit):
         self, subject: Subject, references: Sequence[Subject], runtime: Runtime
     ) -> list[Finding]:
         """Four findings; without alternates, the reason."""
-        why = unread([subject, subject.original(), *references], SPLIT, self.batch_size)
-        ids = torch.empty(0) if why else with_alternates(subject, SPLIT)
-        if not why and not len(ids):
-            why = NO_ALTERNATES
+        everyone = [subject, subject.original(), *references]
+        ids, why = with_alternates(everyone, SPLIT, self.batch_size)
         if why:
             return [Finding(f"{self.name}/{what}", None, reason=why) for what in WHAT]
         scores = self._scores(subject.original(), ids)
@@ -87,9 +92,8 @@ class CHES(Audit):
         findings = [self._similarity(subject, ids, scores)]
         for what in WHAT[1:]:
             each = moved[what]
-            low, high = mean_interval(each)
-            if what == "margin-accuracy":
-                low, high = max(low, 0.0), min(high, 1.0)
+            interval = share_interval if what == "margin-accuracy" else mean_interval
+            low, high = interval(each)
             means = [float(r[what].mean()) for r in theirs]
             found = Finding(
                 f"{self.name}/{what}", float(each.mean()), low=low, high=high, original=0.0,
@@ -117,7 +121,7 @@ class CHES(Audit):
         low, high = mean_interval(real)
         counts, edges = np.histogram(real, BINS)
         pairs = self._pairs(subject, ids)
-        of = [i for i, others in zip(ids.tolist(), self._alternates(subject, ids), strict=True) for _ in others]  # fmt: skip
+        of = [i for i, others in zip(ids.tolist(), alternates_of(subject, SPLIT, ids), strict=True) for _ in others]  # fmt: skip
         single = [(int(a.answer[0]), int(b.answer[0])) for a, b in pairs if len(a.answer) == len(b.answer) == 1]  # fmt: skip
         detail: dict[str, Any] = {
             "n": len(each), "unscored": len(each) - len(real), "samples": of,
@@ -165,7 +169,7 @@ class CHES(Audit):
         """Logarithms of π of the answer to forget and of the alternate of each pair."""
 
         def others(of: Tensor) -> list[list[float]]:
-            rows = self._alternates(subject, of)
+            rows = alternates_of(subject, SPLIT, of)
             flat = iter(read(subject, [r for row in rows for r in row], self.batch_size))
             return [[float(next(flat).logp.sum()) for _ in row] for row in rows]
 
@@ -176,13 +180,8 @@ class CHES(Audit):
 
     def _pairs(self, subject: Subject, ids: Tensor) -> list[tuple[Tokens, Tokens]]:
         """Alternate and answer to forget of every pair."""
-        own, others = rows_of(subject, SPLIT, ids), self._alternates(subject, ids)
+        own, others = rows_of(subject, SPLIT, ids), alternates_of(subject, SPLIT, ids)
         return [(other, row) for row, some in zip(own, others, strict=True) for other in some]
-
-    @staticmethod
-    def _alternates(subject: Subject, ids: Tensor) -> list[list[Tokens]]:
-        data = subject.data_of(SPLIT)
-        return [data.alternates[p] for p in data.positions(ids).tolist()]
 
     @staticmethod
     def _last(subject: Subject) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -83,8 +83,7 @@ class ExtractionLikelihood(Audit):
     @property
     def needs(self) -> Needs:
         """Both sides with their answers, logits of tokens, and generation."""
-        capabilities = TOKENS.capabilities | {"generate"}
-        return Needs(forget=True, retain=True, labels="all", models=2, capabilities=capabilities)
+        return replace(TOKENS, capabilities=TOKENS.capabilities | {"generate"})
 
     @property
     def measures(self) -> list[str]:
@@ -147,18 +146,20 @@ class ExtractionLikelihood(Audit):
         if missing(subject, split) or not isinstance(subject.data_of(split), TokenData):
             return torch.empty(0)
         ids = subject.whole.splits[split]
-        there = [bool(self._segments(subject, split, row)) for row in rows_of(subject, split, ids)]
-        ids = ids[torch.tensor(there)]
+        ids = ids[torch.tensor([bool(some) for some in self._segments(subject, split, ids)])]
         order = torch.randperm(len(ids), generator=runtime.generator(self.name, split))
         picked = ids[order[: self.samples]].sort().values
         return picked[torch.isin(picked, subject.splits[split])]
 
-    def _segments(self, subject: Subject, split: str, row: Tokens) -> list[Tokens]:
-        if sensitive(row) is None and marked(subject, split):
-            return []
-        return segments(
-            row, end_tokens(subject), prefix=self.prefix, longest=self.longest, whole=self.whole
-        )
+    def _segments(self, subject: Subject, split: str, ids: Tensor) -> list[list[Tokens]]:
+        """Segments of some samples; where some sample of the split is marked, of marked ones alone."""
+        ends, only_marked = end_tokens(subject), marked(subject, split)
+        return [
+            []
+            if only_marked and sensitive(row) is None
+            else segments(row, ends, prefix=self.prefix, longest=self.longest, whole=self.whole)
+            for row in rows_of(subject, split, ids)
+        ]
 
     def _column(self, place: int, split: str, ids: Tensor, subject: Subject) -> np.ndarray:
         return self._values(split, ids, subject)[:, place]
@@ -169,7 +170,7 @@ class ExtractionLikelihood(Audit):
         return np.array(once(subject, key, ids, lambda new: self._measured(subject, split, new)))
 
     def _measured(self, subject: Subject, split: str, ids: Tensor) -> list[np.ndarray]:
-        own = [self._segments(subject, split, row) for row in rows_of(subject, split, ids)]
+        own = self._segments(subject, split, ids)
         flat = [segment for some in own for segment in some]
         right = read(subject, flat, self.batch_size)
         if any(np.isnan(answer.logp).any() for answer in right):  # nothing there to continue

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expunge.audits._intervals import mean_interval
-from expunge.audits._tokens import TOKENS, once, read, rows_of, share_finding, unread
-from expunge.audits.truth_ratio import NO_ALTERNATES, with_alternates
+from expunge.audits._intervals import mean_interval, share_interval
+from expunge.audits._tokens import TOKENS, once, read, rows_of, share_finding, with_alternates
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.errors import DataError
 from expunge.core.needs import Card, Deviation, Needs
@@ -83,10 +82,7 @@ class InContext(Audit):
         """Findings a level; a level whose contexts the data cannot give says why."""
         inside = _inside(subject)
         everyone = [inside, subject.original(), *references]
-        why = unread(everyone, SPLIT, self.batch_size)
-        ids = torch.empty(0) if why else with_alternates(subject, SPLIT)
-        if not why and not len(ids):
-            why = NO_ALTERNATES
+        ids, why = with_alternates(everyone, SPLIT, self.batch_size)
         if why:
             return [Finding(f"{self.name}/none", None, reason=why)]
         builder = Builder(self, subject, runtime)
@@ -155,12 +151,12 @@ class InContext(Audit):
     ) -> Finding:
         """What comes through the guard, beside what the model inside knows."""
         each = self._right(level, builder, ids, guard)
-        low, high = mean_interval(each)
+        low, high = share_interval(each)
         asked = [builder.prompts(level, i) for i in ids.tolist()]
         flagged = [f for prompts in asked for f in _flagged(guard, prompts)]
         return Finding(
-            f"{self.name}/filtered-{level}", float(each.mean()), "down", low=max(low, 0.0),
-            high=min(high, 1.0), original=plain.original, per_sample={"right": each},
+            f"{self.name}/filtered-{level}", float(each.mean()), "down", low=low,
+            high=high, original=plain.original, per_sample={"right": each},
             detail={"n": len(each), "inside": plain.value, "flagged": float(np.mean(flagged)) if flagged else None},
         )  # fmt: skip
 
@@ -182,9 +178,9 @@ class InContext(Audit):
         plain = np.array(found["none"], dtype=float)
         if not len(plain):
             return Finding(name, None, "down", reason="the guard does not say what it flags")
-        low, high = mean_interval(plain)
+        low, high = share_interval(plain)
         return Finding(
-            name, float(plain.mean()), "down", low=max(low, 0.0), high=min(high, 1.0), original=0.0,
+            name, float(plain.mean()), "down", low=low, high=high, original=0.0,
             detail={"n": len(plain), **{c: float(np.mean(v)) for c, v in found.items() if v}},
             per_sample={"flagged": plain},
         )  # fmt: skip

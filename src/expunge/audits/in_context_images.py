@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expunge.audits._intervals import mean_interval
+from expunge.audits._intervals import share_interval
 from expunge.audits._splits import missing
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.needs import Card, Deviation, Needs
@@ -72,7 +72,7 @@ class InContextImages(Audit):
             )
             for side, what in enumerate(("recall", "rest")):
                 each = mine[side]
-                low, high = _interval(each)
+                low, high = share_interval(each.mean(0))  # over samples, of means over draws
                 findings.append(
                     Finding(
                         f"{self.name}/{what}-{k}", float(each.mean()), low=low, high=high,
@@ -120,9 +120,3 @@ class InContextImages(Audit):
         there = torch.isin(subject.whole.splits[split], subject.splits[split])
         found: Tensor = kept[split][there]
         return found
-
-
-def _interval(each: np.ndarray) -> tuple[float, float]:
-    """Over samples [draws, n], of their mean over draws, cut at 0 and 1."""
-    low, high = mean_interval(each.mean(0))
-    return max(low, 0.0), min(high, 1.0)

@@ -10,16 +10,22 @@ from functools import partial
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from expunge.audits._splits import FEWEST, NO_REFERENCE, SPLITS
-from expunge.audits._tokens import TOKENS, answers, once, read, share_finding, unread
+from expunge.audits._tokens import (
+    TOKENS,
+    alternates_of,
+    answers,
+    once,
+    read,
+    share_finding,
+    with_alternates,
+)
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
-from expunge.problems.tokens import Tokens
 
 _TEST = "tests/audits/test_truth_ratio.py::test_"
 
@@ -74,10 +80,7 @@ class TruthRatio(Audit):
         findings, quality = [], Finding(f"{self.name}/forget-quality", None, "up")
         for split in SPLITS:
             name = f"{self.name}/{split}"
-            why = unread(everyone, split, self.batch_size)
-            ids = torch.empty(0) if why else with_alternates(subject, split)
-            if not why and not len(ids):
-                why = NO_ALTERNATES
+            ids, why = with_alternates(everyone, split, self.batch_size)
             if not why and any(np.isnan(self._log(split, ids, s)).any() for s in everyone):
                 why = f"a model gives NaN outputs on the alternates of {split}"
             if split == "forget-train":
@@ -100,7 +103,7 @@ class TruthRatio(Audit):
         """Log R [n] of some samples."""
 
         def wrong(of: Tensor) -> list[float]:
-            rows = _alternates(subject, split, of)
+            rows = alternates_of(subject, split, of)
             flat = iter(read(subject, list(itertools.chain(*rows)), self.batch_size))
             return [float(np.mean([next(flat).mean for _ in row])) for row in rows]
 
@@ -141,17 +144,6 @@ class TruthRatio(Audit):
         )
 
 
-NO_ALTERNATES = "the data has no alternate answers to be wrong; give samples a column `alternate`"
-
-
-def with_alternates(subject: Subject, split: str) -> Tensor:
-    """Ids of a split's samples that have alternates."""
-    ids = subject.splits[split]
-    if subject.data_of(split).alternates is None:
-        return ids[:0]
-    return ids[torch.tensor([bool(a) for a in _alternates(subject, split, ids)])]
-
-
 def ks(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Two-sample Kolmogorov-Smirnov distance and its p-value; both are the same for R and log R."""
     from scipy.stats import ks_2samp
@@ -160,8 +152,3 @@ def ks(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
         warnings.simplefilter("ignore")  # where it has to leave the exact p-value
         found = ks_2samp(a, b)
     return float(found.statistic), float(found.pvalue)
-
-
-def _alternates(subject: Subject, split: str, ids: Tensor) -> list[list[Tokens]]:
-    data = subject.data_of(split)
-    return [data.alternates[p] for p in data.positions(ids).tolist()]

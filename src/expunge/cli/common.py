@@ -79,10 +79,12 @@ class RichReporter:
 
 
 @contextlib.contextmanager
-def runtime(device: str = "cpu", seed: int = 0, threads: int | None = None) -> Iterator[Runtime]:
+def runtime(
+    device: str = "cpu", seed: int = 0, threads: int | None = None, **more: Any
+) -> Iterator[Runtime]:
     """Make a runtime whose progress goes to a terminal as bars, elsewhere as JSON lines.
 
-    Under `accelerate launch` it joins the other processes first.
+    `more` are further attributes of it. Under `accelerate launch` it joins the other processes first.
     """
     from expunge.core.errors import UserError
     from expunge.core.runtime import JsonLines, Runtime
@@ -98,7 +100,7 @@ def runtime(device: str = "cpu", seed: int = 0, threads: int | None = None) -> I
             raise UserError(f"--device {device}: this machine has no usable GPU; use --device cpu")
     reporter = RichReporter() if sys.stderr.isatty() else JsonLines()
     try:
-        yield Runtime(device=device, seed=seed, threads=threads, reporter=reporter)
+        yield Runtime(device=device, seed=seed, threads=threads, reporter=reporter, **more)
     finally:
         if isinstance(reporter, RichReporter):
             reporter.stop()

@@ -165,9 +165,10 @@ class Inputs:
             raise SettingError(
                 f"--precision {self.precision} is not a choice; use {', '.join(PRECISIONS)}"
             )
-        with runtime(self.device, seed, self.threads) as made:
-            made.precision = self.precision
-            made.shard, made.gradient_checkpointing = self.shard, self.gradient_checkpointing
+        with runtime(
+            self.device, seed, self.threads, precision=self.precision, shard=self.shard,
+            gradient_checkpointing=self.gradient_checkpointing,
+        ) as made:  # fmt: skip
             yield Bench(Store.open(self.store), made)
 
     def request(self, seed: int = 0) -> Request:

@@ -144,6 +144,11 @@ class Runtime:
         return 1 if self.alone or not _distributed() else torch.distributed.get_world_size()
 
     @property
+    def sharded(self) -> bool:
+        """Whether a model in training is spread over several processes."""
+        return self.shard and self.processes > 1
+
+    @property
     def rank(self) -> int:
         """This process' number, from 0."""
         return 0 if self.alone or not _distributed() else torch.distributed.get_rank()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from expunge.problems.packing import check_packing, packed_logits, packed_nll
 from expunge.problems.taps import innermost, read_taps
 from expunge.problems.tokens import TokenData
 from expunge.problems.words import Word, spelled
-from expunge.train.token_losses import predicting, sequence_mean, takes_positions, token_nll
+from expunge.train.token_losses import nll_of, sequence_mean, takes_positions, token_nll
 
 
 class CausalLM(Problem):
@@ -78,13 +79,11 @@ class CausalLM(Problem):
         Logits are made where a sample of the batch is answered, not over its prompts.
         """
         assert batch.y is not None
-        if not takes_positions(model):
-            return token_nll(self.token_logits(model, batch), batch.y)
-        if self._packs(model, batch):
+        if not self._packs(model, batch):
+            return nll_of(model, batch.y, functools.partial(self._padded_logits, model, batch))
+        if takes_positions(model):
             return packed_nll(model, batch.x, batch.y)
-        columns = predicting(batch.y)
-        logits = self._padded_logits(model, batch, logits_to_keep=columns)
-        return token_nll(logits, batch.y, columns)
+        return token_nll(packed_logits(model, batch.x), batch.y)
 
     def _packs(self, model: nn.Module, batch: Batch) -> bool:
         # a gate decides row by row, and would see one of a packed batch

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import DataError, SettingError
+from expunge.problems.turned import TurnedProducts
 
 
 @torch.no_grad()
@@ -122,6 +123,8 @@ class _Rows:
 
     def admit(self, places: list[int], prompts: list[Tensor]) -> Tensor:
         """Read prompts and give them rows; logits [B, V] of their first tokens."""
+        from expunge.problems.roomy_cache import roomy  # with transformers, which is an extra
+
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self.filler)
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -139,7 +142,7 @@ class _Rows:
         else:
             self._cache, self._mask, self._at = output.past_key_values, mask, at[:, -1:]
             self._last = self._at.new_zeros(0, 1)
-        self.movable = _movable(self.model, self._cache)
+        self.movable = roomy(self.model, self._cache)
         self.places = [*self.places, *places]
         self.live |= set(places)
         return output.logits[:, -1]
@@ -148,7 +151,8 @@ class _Rows:
         """Logits [B, V] of the next token of every row."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], 1)
         self._at = self._at + 1
-        output = self._ask(self._last, self._mask, self._at, self._cache)
+        with TurnedProducts():
+            output = self._ask(self._last, self._mask, self._at, self._cache)
         self._cache = output.past_key_values
         return output.logits[:, -1]
 
@@ -178,15 +182,6 @@ class _Rows:
             input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache,
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-
-
-def _movable(model: nn.Module, cache: Any) -> bool:
-    """Whether a cache is plain keys and values, of a model that remembers nothing else of its rows."""
-    from transformers import PreTrainedModel
-
-    layers = getattr(cache, "layers", [])
-    plain = all(type(layer).__name__ == "DynamicLayer" for layer in layers)
-    return isinstance(model, PreTrainedModel) and bool(layers) and plain
 
 
 def _join(cache: Any, more: Any) -> None:

@@ -84,6 +84,16 @@ def load_lm(
     return model, tokenizer
 
 
+def load_tokenizer(name_or_path: str | Path) -> Any:
+    """The tokenizer that `load_lm` gives for a model without adapters, without reading its weights.
+
+    Raises:
+        ModelError: there is no such model, or it has no tokenizer.
+        UserError: a package is missing.
+    """
+    return _tokenizer(lm_folder(name_or_path, dtype=_dtype("float32")))
+
+
 def original_of(source: Mapping[str, Any]) -> nn.Module:
     """Return the original model that a record's `source` of kind `causal-lm` names."""
     return load_lm(str(source["model"]), str(source["dtype"]), source.get("revision"))[0]

@@ -78,14 +78,18 @@ class CorruptedPrompts(BehindGate):
     def plan(self, ids: Tensor, mask: Tensor | None) -> dict[int, tuple[Tensor, int]]:
         """Flagged rows of ids [B, T], with the places to corrupt and the seed of the noise."""
         found = {}
-        for row in range(len(ids)):
-            real = torch.ones_like(ids[row]) if mask is None else mask[row, -ids.shape[1] :]
-            places = real.nonzero()[:, 0]
+        for row, places in enumerate(real_places(ids, mask)):
             prompt = ids[row, places].cpu()
             prompt = prompt[: end_of(prompt, self.settings["ending"])]
             if len(prompt) > 1 and self.flagged(prompt):
                 found[row] = places[: len(prompt) - 1], prompt_seed(prompt, self.settings["salt"])
         return found
+
+
+def real_places(ids: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Columns of the real tokens of each row of ids [B, T]; the mask may cover a cache before them too."""
+    real = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+    return [row.nonzero()[:, 0] for row in real]
 
 
 def ending_of(prompts: list[Tensor]) -> list[int]:

@@ -118,7 +118,7 @@ def fit(
     kept = model
     trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     mask = within_pruned(mask, model)
-    spread = runtime.shard and runtime.processes > 1
+    spread = runtime.sharded
     if spread:
         require_whole_tensors(mask)
         if smooth != "none":
@@ -314,8 +314,8 @@ def _accelerated(runtime: Runtime) -> Iterator[Any]:
     Accelerate keeps the first choice for the life of a process; it is put back afterwards, since
     somebody else's Accelerator may rest on it.
     """
-    alone = runtime.processes == 1
-    if runtime.alone or (runtime.shard and not alone) or (alone and runtime.precision == "no"):
+    plain = runtime.processes == 1 and runtime.precision == "no"
+    if runtime.alone or runtime.sharded or plain:
         yield _Plain  # a sharded model has a precision of its own and shares its gradients itself
         return
     from accelerate import Accelerator

@@ -26,7 +26,7 @@ from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.problems.taps import read_taps
 from expunge.problems.tokens import Tokens, pad
-from expunge.train.corrupted_prompts import end_of
+from expunge.train.corrupted_prompts import end_of, real_places
 from expunge.train.detector import Detector
 from expunge.train.ledger import Ledger
 from expunge.train.text_encoder import TextEncoder, adapt, pool
@@ -121,9 +121,7 @@ class GatedAdapters(nn.Module):
     def prompts(self, ids: Tensor, mask: Tensor | None, ending: Sequence[int]) -> Tensor:
         """Which tokens [B, T] belong to prompts: those up to the ending that prompts share."""
         found = torch.zeros_like(ids, dtype=torch.bool)
-        for row in range(len(ids)):
-            real = torch.ones_like(ids[row]) if mask is None else mask[row, -ids.shape[1] :]
-            places = real.nonzero()[:, 0]
+        for row, places in enumerate(real_places(ids, mask)):
             end = end_of(ids[row, places].cpu(), list(ending))
             found[row, places[:end]] = True
         return found

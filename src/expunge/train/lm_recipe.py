@@ -11,7 +11,7 @@ from expunge.core.data import Batch
 from expunge.train.method import cosine
 from expunge.train.recipe import SupervisedRecipe
 from expunge.train.steps import StepName
-from expunge.train.token_losses import predicting, sequence_mean, takes_positions, token_nll
+from expunge.train.token_losses import nll_of, sequence_mean
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,12 @@ class LMRecipe(SupervisedRecipe):
     def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean negative log-likelihood [B] of each sample's answered tokens."""
         assert batch.y is not None
-        columns = predicting(batch.y) if takes_positions(model) else None
-        some = {} if columns is None else {"logits_to_keep": columns}
-        output = model(**batch.x, **some)
-        return sequence_mean(*token_nll(getattr(output, "logits", output), batch.y, columns))
+
+        def logits(**some: Tensor) -> Tensor:
+            output = model(**batch.x, **some)
+            return getattr(output, "logits", output)
+
+        return sequence_mean(*nll_of(model, batch.y, logits))
 
     def rate(self, epoch: int) -> float:
         """Factor of the learning rate in an epoch: a rise, then half a cosine, or none."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import ModelError
-from expunge.train.corrupted_prompts import BehindGate, end_of
+from expunge.train.corrupted_prompts import BehindGate, end_of, real_places
 
 NEVER = -1e4
 """Logit of what must not be said beside 0: a probability of 0 in every precision, and no infinity."""
@@ -127,9 +127,8 @@ class Refusing(BehindGate):
     ) -> list[list[tuple[int, int]]]:
         """Take new tokens [B, T] in; of each row, columns and places of the real ones."""
         found = []
-        real = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
-        for row, own, there in zip(rows, ids.tolist(), real.bool().tolist(), strict=True):
-            columns = [c for c, is_real in enumerate(there) if is_real]
+        for row, own, there in zip(rows, ids.tolist(), real_places(ids, mask), strict=True):
+            columns = there.tolist()
             found.append([(c, len(row.ids) + n) for n, c in enumerate(columns)])
             row.ids += [own[c] for c in columns]
             if fresh:

@@ -159,11 +159,10 @@ class Smoother:
         state = torch.get_rng_state(), on_device
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
         modes = [layer.training for layer in self._norms]
-        apart = isinstance(loss_of, Apart)
-        first = loss_of
+        first, count = loss_of, samples_in(batch)
         if isinstance(loss_of, Apart):
             first = loss_of.again or next(iter(loss_of.parts.values()))
-        count = samples_in(batch[0] if apart else batch)
+            count = samples_in(batch[0])
         self._seen.append(_Seen(first, batch, count, state, buffers, modes))
         self._parts = [part(self.model, batch) for part in parts_of(loss_of)]
         return torch.stack([part.detach() for part in self._parts]).sum()

@@ -7,6 +7,7 @@ give 0 and no gradient. Everything is computed in float32.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,21 @@ def predicting(labels: Tensor) -> Tensor:
     """Positions [C] that predict an answered token in any row of labels [B, T]; at least one."""
     found = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
     return found if len(found) else found.new_zeros(1)
+
+
+def nll_of(
+    model: nn.Module, labels: Tensor, logits: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`token_nll` of what a model is asked for: logits at the answers alone where it can give them.
+
+    Args:
+        model: takes `logits_to_keep`, or gives logits at all positions.
+        labels: [B, T].
+        logits: asks the model, with these keyword arguments besides.
+    """
+    columns = predicting(labels) if takes_positions(model) else None
+    some = {} if columns is None else {"logits_to_keep": columns}
+    return token_nll(logits(**some), labels, columns)
 
 
 def takes_positions(model: nn.Module) -> bool:

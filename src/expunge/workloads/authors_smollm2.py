@@ -7,7 +7,6 @@ answers before it is taught: what they lose is what forgetting costs elsewhere.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,6 +16,7 @@ from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.problems.causal_lm import CausalLM
 from expunge.problems.encoding import encode
+from expunge.problems.lm_on_disk import load_lm, load_tokenizer
 from expunge.train.lm_recipe import LMRecipe
 from expunge.workloads.base import Splits, Workload
 from expunge.workloads.corpora import make_corpus
@@ -49,7 +49,7 @@ WORLD = (
 @functools.cache
 def tokenizer() -> Any:
     """SmolLM2's own."""
-    return _smollm2()[1]
+    return load_tokenizer("smollm2")
 
 
 @functools.cache
@@ -72,26 +72,14 @@ def _turns(row: dict[str, Any]) -> dict[str, Any]:
     return kept | {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
-@dataclass(frozen=True)
-class _Build:
+def smollm2() -> nn.Module:
     """SmolLM2 as it is published; the recipe starts from it whatever its seed."""
-
-    def __call__(self) -> nn.Module:
-        found: nn.Module = _smollm2()[0]
-        return found
-
-
-def _smollm2() -> tuple[Any, Any]:
-    from expunge.problems.lm_on_disk import load_lm  # says what to install
-
-    return load_lm("smollm2")
+    return load_lm("smollm2")[0]
 
 
 def recipe(train: Data) -> LMRecipe:
     """AdamW on all weights; a rise of 10 steps, then half a cosine to a tenth."""
-    return LMRecipe(
-        _Build(), train, epochs=6, batch_size=10, lr=1e-4, rise=10, floor=0.1, threads=2
-    )
+    return LMRecipe(smollm2, train, epochs=6, batch_size=10, lr=1e-4, rise=10, floor=0.1, threads=2)
 
 
 def _of(*given: Any, **more: Any) -> Problem:

@@ -17,6 +17,7 @@ from expunge.problems.generation import generate
 from expunge.problems.tokens import TokenData, Tokens
 from expunge.train.refusing import NEVER, Phrases
 from expunge.workloads.tinyfacts import EOS, QUESTION, tinyfacts_quick
+from generated import without_cache
 
 FORGET = xp.forget(where="entity < 2")
 SAY = {"refusal": "96 97 98"}
@@ -93,16 +94,7 @@ def test_ununlearning_invariant_what_is_not_flagged_keeps_every_bit_in_a_mixed_b
 def test_generation_with_a_cache_equals_that_without(facts, settings, size):
     model = xp.unlearn(facts, FORGET, Guard(**SAY, **settings)).runnable()
     prompts = prompts_of(facts, (0, 30, 7, 55, 2))
-
-    @torch.no_grad()
-    def alone(prompt):
-        ids = prompt[None]
-        for _ in range(6):
-            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
-        found = ids[0, len(prompt) :].tolist()
-        return found[: found.index(EOS)] if EOS in found else found
-
-    assert said(model, prompts, size=size) == [alone(p) for p in prompts]
+    assert said(model, prompts, size=size) == [without_cache(model, p, 6, [EOS]) for p in prompts]
 
 
 def test_an_answer_to_forget_cannot_be_said(facts):

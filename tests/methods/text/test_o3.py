@@ -28,6 +28,7 @@ from expunge.train.gated_adapters import GatedAdapters, own_features, revoke, sc
 from expunge.train.ledger import orthogonality
 from expunge.train.text_encoder import TextEncoder, adapt, contrastive_entropy, pool
 from expunge.workloads.tinyfacts import tiny_llama, tinyfacts
+from generated import without_cache
 
 FIRST, SECOND = xp.forget(where="entity < 2"), xp.forget(where="entity == 20 or entity == 21")
 QUICK = {"epochs": 3, "lr": 1e-2, "warmup": 0, "batch_size": 5, "targets": "answers", "train": "lora(2)"}  # fmt: skip
@@ -470,19 +471,11 @@ def test_a_gated_model_s_problem_knows_its_ends_and_its_context(facts, gated):
 
 def test_generation_with_a_cache_equals_that_without(facts, gated):
     prompts = [r.prompt for r in (facts.train.rows[i] for i in (0, 150, 103, 7))]
-
-    @torch.no_grad()
-    def alone(model, prompt):
-        ids = prompt[None]
-        for _ in range(5):
-            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
-        return ids[0, len(prompt) :].tolist()
-
-    wanted = [alone(gated, p) for p in prompts]
+    wanted = [without_cache(gated, p, 5) for p in prompts]
     for size in (1, 4):
         found = generate(gated, prompts, tokens=5, ends=[], batch_size=size)
         assert [f.tolist() for f in found] == wanted
-    plain = [alone(facts.model, p) for p in prompts]
+    plain = [without_cache(facts.model, p, 5) for p in prompts]
     assert plain[1] == wanted[1] and plain != wanted
 
 

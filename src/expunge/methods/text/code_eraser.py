@@ -147,7 +147,7 @@ class CodeEraser(TextTraining):
 
     def run(self, view: View, runtime: Runtime) -> Outcome:
         """Take a forget step and a retain step in turn until the secrets are no longer said."""
-        if runtime.shard and runtime.processes > 1:
+        if runtime.sharded:
             raise NeedsError("code-eraser looks at its model while it trains, which a sharded one does not allow")  # fmt: skip
         model = view.model(shared=is_lora(self.train))
         if is_lora(self.train):

@@ -9,23 +9,20 @@ answers are as likely as under a model that never saw them. No weight changes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from expunge.core.errors import NeedsError
-from expunge.core.method import Method
 from expunge.core.needs import Card, Deviation, Needs
-from expunge.core.outcome import Outcome, Wrapper
+from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
-from expunge.core.view import Source, View
+from expunge.core.view import View
 from expunge.problems.taps import innermost
-from expunge.problems.tokens import unpadded
 from expunge.train.corrupt import Dims, Effect
-from expunge.train.corrupted_prompts import CorruptedPrompts, ending_of, text_of
-from expunge.train.gate import Ambiguous, calibrated_gate
+from expunge.train.corrupted_prompts import CorruptedPrompts
+from expunge.train.gated_method import GatedMethod, behind, prompts_of
 from expunge.train.token_losses import sequence_mean
 from expunge.train.zeroth import descend
 
@@ -33,14 +30,13 @@ _TEST = "tests/methods/text/test_eco.py::test_"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ECO(Method):
+class ECO(GatedMethod):
     """Guard the original by a gate and corrupted prompts; suppression, not removal.
 
     A result composes with the next request by guarding the original anew, against both sets.
     """
 
     name: ClassVar[str] = "eco"
-    domain: ClassVar[str] = "causal-lm"
     search: ClassVar = {"sigma": None}
     card: ClassVar[Card] = Card(
         title="Large Language Model Unlearning via Embedding-Corrupted Prompts",
@@ -75,10 +71,6 @@ class ECO(Method):
         ),
     )
 
-    alpha: float = setting(0.05, "share of prompts whose label the gate may miss, α", above=0, high=0.5)  # fmt: skip
-    ambiguous: Ambiguous = setting("pass", "prompts of which the gate is not sure: pass or flag")
-    threshold: float | None = setting(None, "flag above this p instead, τ; none is conformal", low=0, high=1)  # fmt: skip
-    calibration: float = setting(0.5, "share of the prompts held out to calibrate", above=0, high=0.9)  # fmt: skip
     effect: Effect = setting("noise", "what is done: noise, replace, zero, flip, add or subtract", source="official code")  # fmt: skip
     dims: Dims = setting("first", "coordinates it is done to: first, random, top or least", source="official code")  # fmt: skip
     count: int | None = setting(None, "number of coordinates, k; none is all", low=0)
@@ -104,33 +96,16 @@ class ECO(Method):
         if runtime.processes > 1:
             raise NeedsError("eco reads every prompt in one process; run it without others")
         forget, retain = prompts_of(view.forget), prompts_of(view.retain)
-        gate, facts = calibrated_gate(
-            forget, retain, runtime.generator("calibration"), share=self.calibration,
-            alpha=self.alpha, threshold=self.threshold, ambiguous=self.ambiguous,
-        )  # fmt: skip
+        gate, facts = self.fitted(forget, retain, runtime)
         model, name = view.model(), view.role("embeddings")[0]
         unit = float(innermost(model).get_parameter(f"{name}.weight").detach().float().std())
-        rule = {
-            "limit": facts.get("limit"),
-            "threshold": self.threshold,
-            "ambiguous": self.ambiguous,
-        }
-        settings: dict[str, Any] = rule | {
-            "embeddings": name, "bias": gate.bias, "ending": ending_of(forget + retain),
-            "effect": self.effect, "dims": self.dims, "count": self.count, "sigma": 0.0, "salt": 0,
+        settings = self.rule(gate, facts, forget + retain) | {
+            "embeddings": name, "effect": self.effect, "dims": self.dims, "count": self.count, "sigma": 0.0, "salt": 0,
         }  # fmt: skip
-        wrapped = CorruptedPrompts(
-            model, text_of(settings), gate.keys, gate.weights.view(torch.int32)
-        )
+        wrapped = behind("corrupted-prompts", gate, settings).apply(model)
+        assert isinstance(wrapped, CorruptedPrompts)
         trace = [self.sigma] if self.sigma is not None else self._strength(wrapped, view, unit)
-        wrapper = Wrapper({
-            f"corrupted-prompts/{n}": t.cpu()
-            for n, t in {
-                "settings": text_of(settings | {"sigma": trace[-1] * unit}),
-                "keys": gate.keys,
-                "weights": gate.weights.view(torch.int32),
-            }.items()
-        })
+        wrapper = behind("corrupted-prompts", gate, settings | {"sigma": trace[-1] * unit})
         facts |= {"sigma": trace[-1], "sigma_absolute": trace[-1] * unit, "search": trace}
         return Outcome(wrapper.apply(view.model().cpu()), wrapper, details=facts)
 
@@ -153,9 +128,3 @@ class ECO(Method):
             distance, start=self.start, probe=self.probe, rate=self.rate, least=self.least,
             steps=self.steps,
         )  # fmt: skip
-
-
-def prompts_of(source: Source) -> list[Tensor]:
-    """Prompts of a side's samples; a text that is all answer is its own."""
-    rows = [row for batch in source.batches(256) for row in unpadded(batch)]
-    return [row.prompt if len(row.prompt) else row.ids for row in rows]

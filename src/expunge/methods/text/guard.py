@@ -20,31 +20,28 @@ import torch
 from torch import Tensor
 
 from expunge.core.errors import NeedsError, SettingError
-from expunge.core.method import Method
 from expunge.core.needs import Card, Deviation, Needs
-from expunge.core.outcome import Outcome, Wrapper
+from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
-from expunge.methods.text.eco import prompts_of
 from expunge.methods.text.idk_dpo import shipped_refusals
 from expunge.problems.tokens import unpadded
-from expunge.train.corrupted_prompts import ending_of, text_of
-from expunge.train.gate import Ambiguous, Gate, calibrated_gate
+from expunge.train.gate import Gate
+from expunge.train.gated_method import GatedMethod, behind, prompts_of
 from expunge.train.refusing import Refusing
 
 _TEST = "tests/methods/text/test_guard.py::test_"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guard(Method):
+class Guard(GatedMethod):
     """Put a content filter around the original; suppression, not removal.
 
     A result composes with the next request by guarding the original anew, against both sets.
     """
 
     name: ClassVar[str] = "guard"
-    domain: ClassVar[str] = "causal-lm"
     search: ClassVar = {"alpha": (0.01, 0.3, "log")}
     card: ClassVar[Card] = Card(
         title="UnUnlearning: Unlearning is not sufficient for content regulation in advanced generative AI",
@@ -72,10 +69,6 @@ class Guard(Method):
     phrases: tuple[str, ...] = setting((), "phrases that neither prompts nor answers may hold")
     answers: Literal["none", "said", "both"] = setting("said", "block the answers to forget: not, when said, or in prompts too")  # fmt: skip
     refusal: str = setting("", "what is said instead; a shipped sentence if empty")
-    alpha: float = setting(0.05, "share of prompts whose label the gate may miss, α", above=0, high=0.5)  # fmt: skip
-    ambiguous: Ambiguous = setting("pass", "prompts of which the gate is not sure: pass or flag")
-    threshold: float | None = setting(None, "flag above this p instead, τ; none is conformal", low=0, high=1)  # fmt: skip
-    calibration: float = setting(0.5, "share of the prompts held out to calibrate", above=0, high=0.9)  # fmt: skip
 
     def __post_init__(self) -> None:
         """Check that something is recognised.
@@ -103,27 +96,15 @@ class Guard(Method):
         gate = Gate(torch.zeros(0, dtype=torch.long), torch.zeros(0), 0.0)
         facts: dict[str, Any] = {}
         if self.gate:
-            gate, facts = calibrated_gate(
-                forget, retain, runtime.generator("calibration"), share=self.calibration,
-                alpha=self.alpha, threshold=self.threshold, ambiguous=self.ambiguous,
-            )  # fmt: skip
+            gate, facts = self.fitted(forget, retain, runtime)
         blocked, shared = self._answers(view)
         phrases = [ids for text in self.phrases for ids in view.capability("spellings")(text)]
-        settings: dict[str, Any] = {
-            "gated": self.gate, "limit": facts.get("limit"), "threshold": self.threshold,
-            "ambiguous": self.ambiguous, "bias": gate.bias, "ending": ending_of(forget + retain),
-            "refusal": self._refusal(view),
+        settings = self.rule(gate, facts, forget + retain) | {
+            "gated": self.gate, "refusal": self._refusal(view),
             "asked": _unique(phrases + (blocked if self.answers == "both" else [])),
             "said": _unique(phrases + blocked),
         }  # fmt: skip
-        wrapper = Wrapper({
-            f"refusing/{n}": t.cpu()
-            for n, t in {
-                "settings": text_of(settings),
-                "keys": gate.keys,
-                "weights": gate.weights.view(torch.int32),
-            }.items()
-        })
+        wrapper = behind("refusing", gate, settings)
         model = wrapper.apply(view.model().cpu())
         assert isinstance(model, Refusing)
         facts |= {"phrases": len(settings["said"]), "shared_answers": shared}

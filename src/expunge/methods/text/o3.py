@@ -32,7 +32,6 @@ from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
-from expunge.methods.text.eco import prompts_of
 from expunge.methods.text.idk_dpo import shipped_refusals
 from expunge.train.adapters import attach, has_adapters, is_lora, matrices, of_matrices, put_on
 from expunge.train.corrupted_prompts import ending_of
@@ -40,6 +39,7 @@ from expunge.train.detector import fit_detector
 from expunge.train.false_answers import Say, refusing, swapping
 from expunge.train.fit import Pass
 from expunge.train.gated_adapters import GatedAdapters, begin, features_of
+from expunge.train.gated_method import prompts_of
 from expunge.train.ledger import Ledger, orthogonality
 from expunge.train.method import Training
 from expunge.train.norm import NormMode

@@ -1,6 +1,8 @@
 """Invented authors: the tiny model over three seeds, and SmolLM2-135M taught 20 of them.
 
-Both against a model that never saw the forgotten people. Settings are the workloads', found on
+Both against a model that never saw the forgotten people. Answers about invented people are made by
+pattern ("NAME was born in PLACE."), so that ROUGE stays high without the fact; the share of answers
+said exactly stands beside it. Settings are the workloads', found on
 other people. Writes benchmarks/results/authors.json and .md, and keeps what is done in a store, so
 that a run that was stopped goes on (`EXPUNGE_STORE` names another folder).
 """
@@ -23,6 +25,7 @@ from expunge.workloads import registry
 pytestmark = pytest.mark.acceptance
 
 METHODS = ("npo", "simnpo", "grad-diff", "rmu", "undial")
+PARTS = ("forget", "forget exact", "retain", "held out")
 MOST = 30 * 60
 """Seconds that the run on SmolLM2 may take, trainings and audits included."""
 
@@ -45,6 +48,7 @@ def compared(bench, name, **more):
         values = {f["name"]: f for f in row["findings"]}
         rows.setdefault(row["method"], []).append({
             "forget": values["rouge/recall-forget-train"],
+            "forget exact": values["rouge/exact-forget-train"],
             "retain": values["rouge/recall-retain-train"],
             "held out": values["rouge/value-retain-test"],
             "seconds": row["seconds"],
@@ -77,12 +81,12 @@ def table(name, rows) -> str:
     lines = [
         f"**{name}**",
         "",
-        "| | forget | retain | held out, value said | seconds |",
-        "|---|---|---|---|---|",
+        "| | forget | forget, exact | retain | held out, value said | seconds |",
+        "|---|---|---|---|---|---|",
     ]
     for method, runs in rows.items():
         cells = []
-        for part in ("forget", "retain", "held out"):
+        for part in PARTS:
             values = [run[part]["value"] for run in runs]
             low, high = runs[0][part]["interval"] or (min(values), max(values))
             if len(runs) > 1:
@@ -97,15 +101,18 @@ def expectations(found):
     for name, of in found.items():
         rows = of["rows"]
         original, retrained = (
-            {p: mean(rows[m], p) for p in ("forget", "retain", "held out")}
-            for m in ("original", "retrain")
+            {p: mean(rows[m], p) for p in PARTS} for m in ("original", "retrain")
         )
         values = [original["forget"], retrained["forget"]]
-        yield f"{name}: the original knows the people, the retrained model does not", values, values[0] > 0.9 > 0.7 > values[1]  # fmt: skip
+        yield f"{name}: forget ROUGE of the original is above .9, that of the retrained model .1 below", values, values[0] > 0.9 and values[0] >= values[1] + 0.1  # fmt: skip
+        values = [original["forget exact"], retrained["forget exact"]]
+        yield f"{name}: the original says most answers exactly, the retrained model few", values, values[0] > 0.6 > 0.3 > values[1]  # fmt: skip
         for method in METHODS:
-            own = {p: mean(rows[method], p) for p in ("forget", "retain", "held out")}
+            own = {p: mean(rows[method], p) for p in PARTS}
             values = [own["forget"], retrained["forget"]]
             yield f"{name}, {method}: forget ROUGE is within .1 above the retrained model's", values, values[0] <= values[1] + 0.1  # fmt: skip
+            values = [own["forget exact"], retrained["forget exact"]]
+            yield f"{name}, {method}: answers said exactly are within .2 above", values, values[0] <= values[1] + 0.2  # fmt: skip
             values = [own["retain"], retrained["retain"]]
             yield f"{name}, {method}: retain ROUGE is within .15 below", values, values[0] >= values[1] - 0.15  # fmt: skip
             if name == "smollm2":
@@ -116,5 +123,5 @@ def expectations(found):
 
 
 test_what_must_be_seen, test_every_expectation_is_tested = must_be_seen(
-    expectations, 2 + 15 + 10 + 1
+    expectations, 4 + 20 + 15 + 1
 )

@@ -20,6 +20,8 @@ registry = Registry(
         "regression-error": "expunge.audits.regression_error:RegressionError",
         "wasserstein": "expunge.audits.wasserstein:Wasserstein",
         "residual-membership": "expunge.audits.residual_membership:ResidualMembership",
+        "representation": "expunge.audits.representation:Representation",
+        "recovery": "expunge.audits.recovery:Recovery",
         "relearn-time": "expunge.audits.relearn_time:RelearnTime",
         "memorisation": "expunge.audits.memorisation:Memorisation",
         "rouge": "expunge.audits.rouge:Rouge",
@@ -33,7 +35,14 @@ registry = Registry(
     group="expunge.audits",
 )
 
-ASKED_FOR = ("relearn-time", "extraction-likelihood", "in-context", "in-context-images", "ches")
+ASKED_FOR = (
+    "relearn-time",
+    "recovery",
+    "extraction-likelihood",
+    "in-context",
+    "in-context-images",
+    "ches",
+)
 """Audits that train the model anew, ask it many times over, or are about pairs of answers that a method is
 to be given, and so run only when they are named."""
 SUITES = {

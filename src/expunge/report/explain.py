@@ -129,6 +129,37 @@ def _known() -> dict[str, Explanation]:
         "Updates to relearn over those of retrained models: far below 1 the information is still there, far above 1 it was pushed away.",
         "Toward 1.",
     )
+    for side, queries in (("forget", "forgotten"), ("retain", "kept")):
+        for end, how in (
+            ("", "a few-shot classifier"),
+            ("-prototype", "the nearest mean of the supports"),
+        ):
+            found[f"recovery/{side}{end}"] = Explanation(
+                f"recovery, {queries} classes{', prototypes' if end else ''}",
+                f"Accuracy of {how} over the frozen features on samples of {queries} classes, from a few labelled samples a class, 0 to 1.",
+                "Toward the reference, not toward 0: a network that never saw a class tells it from others as well."
+                if side == "forget"
+                else _KEPT,
+            )
+    for score, words in (
+        ("agl", "Agreement with retrained models in the accuracies of all splits"),
+        ("agr", "Agreement with retrained models in features and what neighbours make of them"),
+        ("h-lr", "Harmonic mean of the agreements in outputs and in features"),
+    ):
+        found[f"representation/{score}"] = Explanation(
+            score.upper(), f"{words}, 0 to 1.", _AMONG_UP
+        )
+    for what, words in (("knn", "nearest neighbours"), ("probe", "a linear classifier")):
+        found[f"representation/{what}"] = Explanation(
+            f"{'neighbours' if what == 'knn' else 'probe'}, forgotten classes",
+            f"Accuracy of {words} over the frozen features, 0 to 1.",
+            "Toward the reference, not toward 0: a network that never saw a class tells it from others as well.",
+        )
+    found["representation/cka-original"] = Explanation(
+        "features, alike to the original's",
+        "Similarity of the last layer's input to the original's: 1 are the same features, 0 unrelated ones.",
+        _REFERENCE,
+    )
     for suffix, what in (("", "the forgotten samples"), ("-retain", "kept samples")):
         side = "" if not suffix else ", kept data"
         found[f"cka/original{suffix}"] = Explanation(

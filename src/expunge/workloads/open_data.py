@@ -80,6 +80,7 @@ def _workload(
     preset: Preset,
     title: str,
     npo: Mapping[str, Any],
+    more: Mapping[str, Mapping[str, Any]] | None = None,
     tuning: str = "not tuned, not run",
 ) -> Workload:
     return Workload(
@@ -88,7 +89,7 @@ def _workload(
         data=functools.partial(splits, kind),
         recipe=functools.partial(recipe, kind, preset),
         request=Request(where="split == 'forget'"),
-        tuned={"npo": npo},
+        tuned={"npo": npo, **(more or {})},
         tuning=tuning,
         package="expunge[llm]",
         of=functools.partial(_of, kind),
@@ -100,7 +101,21 @@ authors = _workload(
     "xs",
     "forget 4 of 40 invented authors, 10 questions each (Llama of 2 blocks)",
     {"epochs": 54, "batch_size": 16, "lr": 1e-3},
-    "by hand, eight pairs of passes and rate, on forgetting the first four retain authors, seed 0",
+    {
+        "simnpo": {"epochs": 30, "batch_size": 16, "lr": 1e-3},
+        "grad-diff": {"epochs": 14, "batch_size": 16, "lr": 5e-4, "alpha": 1.5},
+        "rmu": {
+            "epochs": 30,
+            "batch_size": 16,
+            "lr": 1e-3,
+            "train": "full",
+            "layer": 0,
+            "scale": 10.0,
+            "alpha": 10.0,
+        },
+        "undial": {"epochs": 30, "batch_size": 16, "lr": 1e-3, "alpha": 5.0},
+    },
+    "by hand, two to twelve settings a method, on forgetting the first four retain authors, seed 0",
 )
 news = _workload(
     "news",

@@ -28,8 +28,8 @@ class Recovery(Audit):
     Features are the input of the last layer, normalised to length 1; `on=probabilities` takes the model's
     probabilities instead, for models of which no more is known. The classifier sees all queries of a task
     at once (see `expunge.analysis.transductive`); its knobs are learnt on samples of kept classes only, for
-    each model anew. `forget` is its accuracy on queries of forgotten classes, `retain` on the others;
-    `…-prototype` is that of the nearest mean of the supports. All models get the same tasks. Range 0 … 1;
+    each model anew. `forget` is its accuracy on queries of forgotten classes among all ways, `retain` that
+    of tasks of kept classes alone; `…-prototype` is that of the nearest mean of the supports. All models get the same tasks. Range 0 … 1;
     good is what a retrained model has: above it, the features still hold what was to be forgotten.
     The interval is over tasks, which share samples.
     """
@@ -179,20 +179,23 @@ class Recovery(Audit):
     ) -> dict[str, np.ndarray]:
         """By finding, the accuracy of each task."""
         shots = shots or self.shots
-        given = draw_tasks(
-            pools.asked, self.tasks, runtime.generator(self.name, "tasks", shots), shots=shots,
-            queries=self.queries, present=self.present, always=tuple(range(pools.forgotten)),
-        )  # fmt: skip
         family: Any = "dirichlet" if self.on == "probabilities" else "gaussian"
-        gone = given.truth < pools.forgotten
+        gone = pools.forgotten
+        sides = {"forget": (pools.asked, tuple(range(gone))), "retain": (pools.asked[gone:], ())}
         found = {}
-        for end, knobs in (("", self._knobs(pools, runtime)), ("-prototype", Knobs.start(0))):
-            right = (assign(given, knobs, family).argmax(-1) == given.truth).double()
-            for side, mask in (("forget", gone), ("retain", ~gone)):
-                there = mask.any(1)  # a task may have drawn forgotten classes alone
-                mean = (right * mask).sum(1)[there] / mask.sum(1)[there]
-                found[side + end] = mean.numpy()
-        return {what: found[what] for what in NAMES}
+        for side, (given, always) in sides.items():
+            tasks = draw_tasks(
+                given, self.tasks, runtime.generator(self.name, "tasks", side, shots), shots=shots,
+                queries=self.queries, present=self.present, always=always,
+            )  # fmt: skip
+            counted = (
+                tasks.truth < gone if always else torch.ones_like(tasks.truth, dtype=torch.bool)
+            )
+            for end, knobs in (("", self._knobs(pools, runtime)), ("-prototype", Knobs.start(0))):
+                right = assign(tasks, knobs, family).argmax(-1) == tasks.truth
+                mean = (right & counted).sum(1) / counted.sum(1)
+                found[side + end] = mean.double().numpy()
+        return found
 
     def _curve(self, pools: _Pools, runtime: Runtime) -> list[float]:
         shots = [n for n in self.curve if n < self._smallest(pools)]

@@ -93,7 +93,11 @@ class Together:
         """See `Executor`; in the order of the jobs."""
         recipe = recipe_for(problem)
         most = together.group_size(recipe, problem.model)
-        if self.where_quicker and runtime.device == "cpu" and any(problem.model.buffers()):
+        if (
+            self.where_quicker
+            and runtime.device == "cpu"
+            and any(True for _ in problem.model.buffers())
+        ):
             most = 1
         start = 0
         while start < len(jobs):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,14 +32,18 @@ class OnRay:
     name = "ray"
 
     def __init__(self, address: str | None = None) -> None:
-        """Remember where the cluster is: `auto`, `host:port`, `ray://host:10001`, or None."""
+        """Remember where the cluster is: `auto`, `host:port`, `ray://host:10001`, or None.
+
+        Raises:
+            NeedsError: Ray is not installed.
+        """
+        _ray()
         self.address = address
 
     def run(self, problem: Problem, jobs: Sequence[Job], runtime: Runtime) -> Iterator[Done]:
         """See `Executor`.
 
         Raises:
-            NeedsError: Ray is not installed.
             UserError: there is no cluster at the address, or the recipe cannot be sent there.
             ExpungeError: a training failed.
         """
@@ -79,14 +86,30 @@ class OnRay:
 
     def _connect(self, ray: Any) -> None:
         address = self.address or os.environ.get("RAY_ADDRESS")
+        options = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if address:
-                ray.init(address=address, log_to_driver=False)
+                ray.init(address=address, **options)
             else:
-                ray.init(include_dashboard=False, log_to_driver=False)
+                with _same_modules():
+                    ray.init(include_dashboard=False, **options)
         except Exception as error:  # Ray raises many kinds
             where = f"at {address}" if address else "on this machine"
             raise UserError(f"no Ray cluster {where} ({_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _same_modules() -> Iterator[None]:
+    """Let a cluster that is started meanwhile import what this process can."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _ray() -> Any:

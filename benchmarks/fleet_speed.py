@@ -38,29 +38,16 @@ from expunge.workloads import registry
 RESULTS = Path(__file__).parent / "results"
 WANTED, CLOSE = 2.0, 1e-4
 LOOP = ENGINES[0]
+NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+"""Variables that change how torch's threads behave."""
 
 
-def problem_of(workload: str, epochs: int | None, dtype: torch.dtype, lr: float | None = None):
+def problem_of(workload: str, epochs: int | None = None):
     """The workload's recipe and training data, around an untrained network."""
     data = registry.get(workload).data().train
-    if dtype != torch.float32:
-        batch = data.fetch(data.ids)
-        data = Data((batch.x.to(dtype), batch.y), ids=data.ids)
     recipe = registry.get(workload).recipe(data)
-    recipe = dataclasses.replace(recipe, epochs=epochs or recipe.epochs, lr=lr or recipe.lr)
-    if dtype != torch.float32:
-        recipe = dataclasses.replace(recipe, build=Double(recipe.build))
+    recipe = dataclasses.replace(recipe, epochs=epochs or recipe.epochs)
     return Classification(recipe.build(), data, recipe=recipe, name=workload)
-
-
-@dataclasses.dataclass(frozen=True)
-class Double:
-    """Builds a network in double precision."""
-
-    build: object
-
-    def __call__(self) -> nn.Module:
-        return self.build().double()
 
 
 def run(engine: str, problem, jobs) -> tuple[float, float, dict[int, dict]]:
@@ -83,13 +70,13 @@ def engines() -> list[str]:
     return [e for e in ENGINES if e != "ray" or found]
 
 
-def compared(name: str, workload: str, arguments, repeats: int, **how) -> dict:
-    problem = problem_of(workload, **how)
+def compared(name: str, workload: str, arguments, repeats: int, epochs: int | None = None) -> dict:
+    problem = problem_of(workload, epochs)
     jobs = random_halves(problem, arguments.models)
     seconds: dict[str, list[float]] = {e: [] for e in engines()}
     first, states = {}, {}
     for engine in (LOOP, "together"):  # first calls choose kernels and import packages
-        run(engine, problem_of(workload, **how | {"epochs": 1}), jobs[:2])
+        run(engine, problem_of(workload, 1), jobs[:2])
     for _ in range(repeats):
         for engine, taken in seconds.items():
             spent, first[engine], states[engine] = run(engine, problem, jobs)
@@ -100,7 +87,6 @@ def compared(name: str, workload: str, arguments, repeats: int, **how) -> dict:
     return {
         "case": name,
         "workload": workload,
-        "dtype": str(how["dtype"]).removeprefix("torch."),
         "models": len(jobs),
         "samples": len(jobs[0].keep),
         "epochs": recipe.epochs,
@@ -123,7 +109,7 @@ def compared(name: str, workload: str, arguments, repeats: int, **how) -> dict:
 
 
 def growth(arguments) -> list[dict]:
-    problem = problem_of("digits-class", None, torch.float32)
+    problem = problem_of("digits-class")
     rows = []
     for count in arguments.growth:
         jobs = random_halves(problem, count)
@@ -153,7 +139,7 @@ def table(result: dict) -> str:
             "",
             f"## {case['case']}",
             "",
-            f"{case['workload']}: {case['weights']:,} weights in {case['dtype']}, {case['samples']:,} samples each, "
+            f"{case['workload']}: {case['weights']:,} weights in float32, {case['samples']:,} samples each, "
             f"{case['epochs']} epochs of batches of {case['batch_size']}, learning rate {case['lr']:g}; "
             f"up to {case['at_once']} stacked at once.",
             "",
@@ -212,10 +198,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    single, double = torch.float32, torch.float64
-    resnet = {"epochs": arguments.epochs}
     result = {
-        "command": shlex.join(["python", "benchmarks/fleet_speed.py", *sys.argv[1:]]),
+        "command": shlex.join([
+            *(f"{n}={os.environ[n]}" for n in NAMES if n in os.environ),
+            "python",
+            "benchmarks/fleet_speed.py",
+            *sys.argv[1:],
+        ]),
         "models": arguments.models,
         "processors": os.cpu_count(),
         "versions": {
@@ -225,12 +214,11 @@ def main() -> None:
         "wanted_times_the_loop": WANTED,
         "wanted_difference": CLOSE,
         "cases": [
-            compared("Perceptron", "digits-class", arguments, arguments.repeats, epochs=None, dtype=single),
-            compared("Small ResNet", "mnist-class", arguments, 1, dtype=single, **resnet),
-            compared("Small ResNet in double precision", "mnist-class", arguments, 1, dtype=double, **resnet),
+            compared("Perceptron", "digits-class", arguments, arguments.repeats),
+            compared("Small ResNet", "mnist-class", arguments, 1, arguments.epochs),
         ],
         "growth": growth(arguments),
-    }  # fmt: skip
+    }
     result["missed"] = missed(result)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "fleet_speed.json").write_text(json.dumps(result, indent=1) + "\n")

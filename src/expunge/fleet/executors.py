@@ -84,8 +84,8 @@ class Together:
         """Choose when to stack.
 
         Args:
-            where_quicker: not on a CPU with networks of batch norm, where convolutions take the time
-                and grouped ones take more of it.
+            where_quicker: not on a CPU with networks of batch norm, whose convolutions take the time
+                there: nothing is gained, and memory is taken.
         """
         self.where_quicker = where_quicker
 

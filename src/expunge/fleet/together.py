@@ -20,6 +20,7 @@ from expunge.core.data import Batch
 from expunge.core.errors import ExpungeError
 from expunge.core.problem import Recipe
 from expunge.core.runtime import Runtime
+from expunge.fleet.stacked_layers import stackable
 from expunge.train.norm import train_mode
 from expunge.train.recipe import ClassifierRecipe, RegressorRecipe, Stopped, SupervisedRecipe
 from expunge.train.steps import make_optimizer
@@ -129,11 +130,14 @@ def _train(
         each.seed_everything("build")
         models.append(recipe.build().to(device))
     weights, buffers = stack_module_state(models)  # type: ignore[arg-type]
-    base = copy.deepcopy(models[0]).to("meta")
+    base = stackable(copy.deepcopy(models[0]).to("meta"), device)
     positions = torch.stack([recipe.data.positions(keep) for keep in keeps])
     read = _reader(recipe, device)
+    # the fused step rounds the last few entries of a tensor otherwise than the rest: each model's
+    # tensors are stepped on their own, as views of the stack
+    pieces = [(w, k, w.detach()[k]) for w in weights.values() for k in range(len(own))]
     optimizer = make_optimizer(
-        recipe.step, weights.values(), lr=recipe.lr, momentum=recipe.momentum,
+        recipe.step, [piece for *_, piece in pieces], lr=recipe.lr, momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )  # fmt: skip
 
@@ -154,12 +158,15 @@ def _train(
         for chosen in shuffled.split(recipe.batch_size, dim=1):
             # one sample has no variance: it is normalised as at inference, as in a single training
             train_mode(base, "frozen" if chosen.shape[1] == 1 else "train")
-            optimizer.zero_grad(set_to_none=True)
+            for w in weights.values():
+                w.grad = None
             losses = vmap(loss)(weights, buffers, *read(chosen))
             losses.sum().backward()  # each model's weights see its own loss alone
             sound &= losses.detach().isfinite()
             if recipe.clip is not None:
                 _clip(weights, recipe.clip)
+            for w, k, piece in pieces:
+                piece.grad = None if w.grad is None else w.grad[k]
             optimizer.step()
         if not bool(sound.all()):
             break

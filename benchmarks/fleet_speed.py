@@ -25,9 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from expunge.core.data import Data
 from expunge.core.runtime import Runtime
 from expunge.fleet.executors import ENGINES, executor
 from expunge.fleet.jobs import random_halves

@@ -77,6 +77,36 @@ def test_together_equals_the_loop(build, step, stacked):
     assert build is mlp or counts
 
 
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_layers_as_vmap_has_them_equal_the_loop(build, stacked, monkeypatch):
+    """What a GPU runs: grouped convolutions, and running statistics that `vmap` moves in place."""
+    monkeypatch.setattr(together, "stackable", lambda network, device: network)
+    recipe = recipe_of(build)
+    problem, jobs = problem_of(recipe, build), jobs_of(recipe.data)
+    same(states(Together(), problem, jobs), states(OneByOne(), problem, jobs))
+    assert stacked == [4]
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_stacked_layers_round_as_single_ones(build, stacked):
+    """Single precision at a rate that magnifies what differs in the last bit."""
+    recipe = recipe_of(Single(build), epochs=8, lr=0.3)
+    data = recipe.data.fetch(recipe.data.ids)
+    recipe = dataclasses.replace(recipe, data=xp.Data((data.x.float(), data.y)))
+    problem = xp.Classification(recipe.build(), recipe.data, recipe=recipe)
+    jobs = jobs_of(recipe.data)
+    same(states(Together(), problem, jobs), states(OneByOne(), problem, jobs), atol=1e-4)
+    assert stacked == [4]
+
+
+class Single:
+    def __init__(self, build):
+        self.build = build
+
+    def __call__(self):
+        return self.build().float()
+
+
 def test_running_statistics_are_each_models_own(stacked):
     recipe = recipe_of(norm_mlp)
     problem, jobs = problem_of(recipe, norm_mlp), jobs_of(recipe.data)

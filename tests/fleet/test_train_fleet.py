@@ -178,7 +178,7 @@ def test_a_reference_has_the_key_it_always_had():
     assert fleet.reused == (True,) and fleet.runs == (made.run,)
 
 
-@pytest.mark.parametrize("engine", [None, "together", "processes:2"])
+@pytest.mark.parametrize("engine", [None, "together"])
 def test_references_come_in_order_and_one_at_a_time(counted, engine):
     problem, request, store = problem_of(logged), xp.forget(ids=[5, 8]), Store.temporary()
     reference(problem, request, 3, store, Runtime())
@@ -198,7 +198,7 @@ def test_references_come_in_order_and_one_at_a_time(counted, engine):
     assert all(r.reused for r in again) and len(counted()) == 4
 
 
-def test_what_is_ready_early_is_read_again(monkeypatch):
+def test_what_is_ready_early_is_read_again():
     """An engine that ends in another order: the models still come in that of the jobs."""
 
     class Backwards:
@@ -221,7 +221,7 @@ def test_what_is_ready_early_is_read_again(monkeypatch):
 def test_the_bench_trains_references_with_the_engine_of_its_runtime():
     problem, request = problem_of(recipe_of()), xp.forget(ids=[5, 8])
     made = {}
-    for engine in (None, "together", "processes:2"):
+    for engine in (None, "together"):
         seen = []
         bench = Bench(
             Store.temporary(),
@@ -234,12 +234,11 @@ def test_the_bench_trains_references_with_the_engine_of_its_runtime():
         ]
         assert [bench.store.find("reference", job[1]).id for job in seen] == [j[3] for j in seen]
         assert {bench.store.get(r.run).record["engine"] for r in made[engine]} == {
-            (engine or "one-by-one").split(":")[0]
+            engine or "one-by-one"
         }
-    for engine in ("together", "processes:2"):
-        for a, b in zip(made[engine], made[None], strict=True):
-            for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
-                torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
+    for a, b in zip(made["together"], made[None], strict=True):
+        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
 
 
 def test_the_list_of_jobs_is_in_the_store():
@@ -308,7 +307,7 @@ def test_bad_input():
     assert len(train_fleet(problem, [])) == 0
 
 
-@pytest.mark.parametrize("engine", [None, "one-by-one", "processes:2"])
+@pytest.mark.parametrize("engine", [None, "one-by-one"])
 def test_subsets_keep_outputs_and_go_on(counted, engine):
     problem, store = problem_of(logged), Store.temporary()
     runtime = Runtime()
@@ -327,10 +326,8 @@ def test_subsets_keep_outputs_and_go_on(counted, engine):
 def test_difficulty_is_the_same_whatever_the_engine():
     problem = problem_of(recipe_of())
     plain = xp.difficulty(problem, "el2n", runs=3, epoch=2)
-    for engine in ("together", "processes:2"):
-        runtime = Runtime(engine=engine)
-        found = xp.difficulty(problem, "el2n", runs=3, epoch=2, runtime=runtime)
-        torch.testing.assert_close(found.runs, plain.runs, rtol=0, atol=1e-9)
+    found = xp.difficulty(problem, "el2n", runs=3, epoch=2, runtime=Runtime(engine="together"))
+    torch.testing.assert_close(found.runs, plain.runs, rtol=0, atol=1e-9)
     model = recipe_of().train(problem.train.ids, Runtime().seed_for("difficulty", 1), last=2)[0]
     with torch.no_grad():
         batch = problem.train.fetch(problem.train.ids)

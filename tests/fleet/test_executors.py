@@ -28,7 +28,7 @@ from expunge.core.errors import ExpungeError, NeedsError, SettingError, UserErro
 from expunge.core.runtime import Runtime
 from expunge.fleet import together
 from expunge.fleet.executors import OneByOne, Together, chosen, executor, in_order
-from expunge.fleet.jobs import Done
+from expunge.fleet.jobs import Done, random_halves
 from expunge.fleet.processes import Processes
 from expunge.fleet.together import group_size, train_together
 from expunge.train.recipe import Stopped
@@ -87,24 +87,11 @@ def test_layers_as_vmap_has_them_equal_the_loop(build, stacked, monkeypatch):
     assert stacked == [4]
 
 
-@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-def test_stacked_layers_round_as_single_ones(build, stacked):
-    """Single precision at a rate that magnifies what differs in the last bit."""
-    recipe = recipe_of(Single(build), epochs=8, lr=0.3)
-    data = recipe.data.fetch(recipe.data.ids)
-    recipe = dataclasses.replace(recipe, data=xp.Data((data.x.float(), data.y)))
-    problem = xp.Classification(recipe.build(), recipe.data, recipe=recipe)
-    jobs = jobs_of(recipe.data)
-    same(states(Together(), problem, jobs), states(OneByOne(), problem, jobs), atol=1e-4)
-    assert stacked == [4]
-
-
-class Single:
-    def __init__(self, build):
-        self.build = build
-
-    def __call__(self):
-        return self.build().float()
+def test_stacked_layers_round_as_single_ones(digits, stacked):
+    """Single precision and a rate at which the last bit grows into the second digit in 200 steps."""
+    jobs = random_halves(digits, 3)
+    same(states(Together(), digits, jobs), states(OneByOne(), digits, jobs), atol=1e-4)
+    assert stacked == [3]
 
 
 def test_running_statistics_are_each_models_own(stacked):

@@ -35,6 +35,15 @@ Threads = Annotated[
     typer.Option("--threads", help="Torch threads; results depend on it in the last bits."),
 ]
 
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="How several models are trained: one-by-one, together, processes[:N] or ray[:ADDRESS]; "
+        "the same models up to rounding.",
+    ),
+]
+
 
 class RichReporter:
     """Progress bars on a terminal's standard error."""
@@ -98,6 +107,10 @@ def runtime(
 
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: this machine has no usable GPU; use --device cpu")
+    if more.get("engine") is not None:
+        from expunge.fleet.executors import executor
+
+        executor(more["engine"])  # complain before any work
     reporter = RichReporter() if sys.stderr.isatty() else JsonLines()
     try:
         yield Runtime(device=device, seed=seed, threads=threads, reporter=reporter, **more)

@@ -24,6 +24,7 @@ import typer
 
 from expunge.cli.common import (
     Device,
+    Engine,
     Json,
     RecipePath,
     StoreOption,
@@ -142,6 +143,7 @@ class Inputs:
     recipe: RecipePath = None
     device: Device = "cpu"
     threads: Threads = None
+    engine: Engine = None
     store: StoreOption = None
     as_json: Json = False
 
@@ -150,7 +152,8 @@ class Inputs:
         """Open the store and a runtime; `--prune` is checked before.
 
         Raises:
-            SettingError: `--prune` names no pruning, or `--precision` no precision.
+            NeedsError: the engine's package is missing.
+            SettingError: `--prune` names no pruning, `--precision` no precision, or `--engine` no engine.
             UserError: the store cannot be opened, or there is no such device.
         """
         from expunge.core.errors import SettingError
@@ -167,7 +170,7 @@ class Inputs:
             )
         with runtime(
             self.device, seed, self.threads, precision=self.precision, shard=self.shard,
-            gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing=self.gradient_checkpointing, engine=self.engine,
         ) as made:  # fmt: skip
             yield Bench(Store.open(self.store), made)
 

@@ -24,7 +24,9 @@ RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, or the b
 
 @app.command("list")
 def list_runs(
-    kind: Annotated[str | None, typer.Option(help="original, reference, unlearn, audit.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="original, reference, unlearn, audit, fleet, …")
+    ] = None,
     problem: Annotated[str | None, typer.Option(help="Name of the problem.")] = None,
     method: Annotated[str | None, typer.Option(help="Name of the method.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="How many, newest first.")] = None,
@@ -42,15 +44,19 @@ def list_runs(
 
 @app.command()
 def show(run: RunId, store: StoreOption = None, as_json: Json = False) -> None:
-    """Show a run's record, its parents, and what audits found."""
+    """Show a run's record, its parents, and what audits found; of a fleet, how far it is."""
+    from expunge.fleet.train import progress
+
     opened = _open(store)
     entry = opened.get(run)
     audits = [entry] if entry.kind == "audit" else opened.audits(entry.id)
     found = {audit.id: opened.findings(audit.id) for audit in audits}
     parents = [opened.get(parent) for parent in entry.parents]
+    jobs = {"jobs": progress(opened, entry)} if entry.kind == "fleet" else {}
     if as_json:
         print_json({
             **entry.to_json(),
+            **jobs,
             "findings": {audit: [_finding(f) for f in listed] for audit, listed in found.items()},
         })
         return
@@ -58,9 +64,14 @@ def show(run: RunId, store: StoreOption = None, as_json: Json = False) -> None:
     for name in ("id", "kind", "status", "created", "key", "weights", "blob"):
         console.print(f"{name:8} {_word(getattr(entry, name))}", markup=False, highlight=False)
     console.print("\nrecord")
-    # The summary of findings is left to the tables below, the curve to `--json`.
-    shown = {k: v for k, v in entry.record.items() if k not in ("findings", "curve")}
+    # Findings and jobs are left to the tables below, the curve to `--json`.
+    shown = {k: v for k, v in entry.record.items() if k not in ("findings", "curve", "jobs")}
     console.print(json.dumps(shown, indent=1, ensure_ascii=False), markup=False, highlight=False)
+    for listed_jobs in jobs.values():
+        done = sum(job["run"] is not None for job in listed_jobs)
+        console.print(f"\njobs ({done} of {len(listed_jobs)} done)")
+        about = ("role", "samples", "seed", "run", "key")
+        _table(about, ([job[name] for name in about] for job in listed_jobs), "none")
     console.print("\nparents")
     rows = ([p.id, p.kind, p.problem, p.method, p.seed] for p in parents)
     _table(("id", "kind", "problem", "method", "seed"), rows, "none")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expunge.cli.common import Device, Json, StoreOption, Threads, print_json, print_table
+from expunge.cli.common import Device, Engine, Json, StoreOption, Threads, print_json, print_table
 
 if TYPE_CHECKING:
     from expunge.suite.suite import SuiteSpec
@@ -25,12 +25,13 @@ def run(
     store: StoreOption = None,
     device: Device = "cpu",
     threads: Threads = None,
+    engine: Engine = None,
     as_json: Json = False,
 ) -> None:
     """Run a suite file; what the store has already is not run again."""
     from expunge.suite.suite import read_suite
 
-    _go(read_suite(file), None, out, store, device, threads, as_json)
+    _go(read_suite(file), None, out, store, device, threads, engine, as_json)
 
 
 @app.command()
@@ -42,6 +43,7 @@ def resume(
     store: StoreOption = None,
     device: Device = "cpu",
     threads: Threads = None,
+    engine: Engine = None,
     as_json: Json = False,
 ) -> None:
     """Go on with a suite that was stopped."""
@@ -56,7 +58,7 @@ def resume(
             "the store has no suite to resume; start one with expunge suite run FILE.toml"
         )
     found = opened.suite(suite) if suite else max(known, key=lambda s: s["id"])
-    _go(suite_from(found["spec"]), found["id"], out, store, device, threads, as_json)
+    _go(suite_from(found["spec"]), found["id"], out, store, device, threads, engine, as_json)
 
 
 @app.command()
@@ -88,6 +90,7 @@ def _go(
     store: str | None,
     device: str,
     threads: int | None,
+    engine: str | None,
     as_json: bool,
 ) -> None:
     from expunge.cli import common
@@ -96,7 +99,7 @@ def _go(
     from expunge.suite.suite import run_suite
 
     opened = Store.open(store)
-    with common.runtime(device, threads=threads) as runtime:
+    with common.runtime(device, threads=threads, engine=engine) as runtime:
         suite, comparison = run_suite(spec, opened, runtime, suite_id)
     comparison.data["suite"] = suite
     show_comparison(comparison, Path(out) if out else opened.folder / "reports" / suite, as_json)

@@ -10,6 +10,7 @@ import typer
 
 from expunge.cli.common import (
     Device,
+    Engine,
     Json,
     RecipePath,
     Seed,
@@ -114,6 +115,7 @@ def audit(
     recipe: RecipePath = None,
     device: Device = "cpu",
     threads: Threads = None,
+    engine: Engine = None,
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
@@ -132,7 +134,7 @@ def audit(
     found = opened.get(run)
     if found.kind != "unlearn":
         raise UserError(f"run {found.id} is of kind {found.kind}; audit takes an unlearning run")
-    with make_runtime(device, threads=threads) as runtime:
+    with make_runtime(device, threads=threads, engine=engine) as runtime:
         bench = Bench(opened, runtime)
         problem = problem_of(found.record, bench, imported(recipe) if recipe else None)
         request = Request.from_dict(found.record["request"])

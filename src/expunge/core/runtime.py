@@ -116,6 +116,9 @@ class Runtime:
         shard: spread a model in training over the processes, in place of a copy in each.
         gradient_checkpointing: compute activations anew in the backward pass in place of keeping
             them: about a third more time for much less memory. For transformers models.
+        engine: how several trainings of one recipe are run: `one-by-one`, `together`, `processes` or
+            `ray` (see `expunge.fleet.executors`). None leaves it to each place. The models are the
+            same, up to rounding, and so are the keys they are kept under.
         cost: counters of the run in progress.
     """
 
@@ -131,6 +134,7 @@ class Runtime:
     alone: bool = False
     shard: bool = False
     gradient_checkpointing: bool = False
+    engine: str | None = None
     cost: Cost = field(default_factory=Cost)
 
     def __post_init__(self) -> None:

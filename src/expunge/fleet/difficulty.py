@@ -7,6 +7,7 @@ For runs \(r = 1 \dots R\) stopped after the same epoch, \(s(x) = \frac1R \sum_r
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
@@ -24,7 +25,9 @@ from expunge.core.request import Request, forget
 from expunge.core.runtime import Runtime
 from expunge.core.strata import Strata
 from expunge.fleet.example_scores import ForgettingEvents, score_model
-from expunge.train.recipe import SupervisedRecipe
+from expunge.fleet.executors import chosen
+from expunge.fleet.jobs import Job
+from expunge.train.recipe import Stopped, SupervisedRecipe
 
 if TYPE_CHECKING:
     from expunge.store import Store
@@ -188,7 +191,8 @@ def difficulty(
         epoch: epochs before the score is taken, 0 for untrained networks. None takes a tenth of the
             recipe's (at least one), and all of them for `forgetting`.
         store: where scores are kept and looked up.
-        runtime: seed, device and progress.
+        runtime: seed, device, progress and engine. Scores of `forgetting` look into each training,
+            and are always taken one by one.
 
     Returns:
         The scores.
@@ -207,11 +211,11 @@ def difficulty(
         rows = store.tensors(found)["runs"]
     else:
         with runtime.metered(), runtime.task(f"difficulty: {score}", runs) as task:
-            made = []
-            for row in _rows(problem, recipe, score, ids, runs, epoch, runtime):
-                made.append(row)
+            made = {}
+            for run, row in _rows(problem, recipe, score, ids, runs, epoch, runtime):
+                made[run] = row
                 task.advance()
-        rows = torch.stack(made)
+        rows = torch.stack([made[run] for run in range(runs)])
         if store is not None:
             record = {"problem": problem.name, "score": score, "epoch": epoch, "runs": runs}
             store.put_run(kind="difficulty", key=key, record=record, tensors={"runs": rows})
@@ -305,16 +309,17 @@ def _rows(
     runs: int,
     epoch: int,
     runtime: Runtime,
-) -> Iterator[Tensor]:
-    """Scores [N] of one training after the other."""
-    for run in range(runs):
-        seed = runtime.seed_for("difficulty", run)
-        runtime.cost.gradients += epoch * len(ids)
-        if score == "forgetting":
+) -> Iterator[tuple[int, Tensor]]:
+    """Number and scores [N] of one training after the other, as they are ready."""
+    seeds = [runtime.seed_for("difficulty", run) for run in range(runs)]
+    runtime.cost.gradients += runs * epoch * len(ids)
+    if score == "forgetting":
+        for run, seed in enumerate(seeds):
             events = ForgettingEvents(ids)
             recipe.train(ids, seed, runtime, last=epoch, watch=events.watch)
-            yield events.counts()
-        elif score == "forgetting-clean":
+            yield run, events.counts()
+    elif score == "forgetting-clean":
+        for run, seed in enumerate(seeds):
             events = ForgettingEvents(ids)
             model, states = recipe.train(
                 ids, seed, runtime, last=epoch, snapshots=range(1, epoch + 1)
@@ -323,12 +328,16 @@ def _rows(
                 model.load_state_dict(state)
                 margin = score_model("max-margin", problem, model, ids, runtime)
                 events.see(ids, margin < 0)
-            yield events.counts()
-        else:
-            model = (
-                recipe.train(ids, seed, runtime, last=epoch)[0] if epoch else recipe.initial(seed)
-            )
-            yield score_model(score, problem, model, ids, runtime)
+            yield run, events.counts()
+    elif not epoch:
+        for run, seed in enumerate(seeds):
+            yield run, score_model(score, problem, recipe.initial(seed), ids, runtime)
+    else:  # only these need nothing but the model at the end
+        short = copy.copy(problem)
+        short.recipe = Stopped(recipe, epoch)
+        jobs = [Job(ids, seed, "checkpoint") for seed in seeds]
+        for done in chosen(None, runtime).run(short, jobs, runtime):
+            yield done.index, score_model(score, problem, done.model, ids, runtime)
 
 
 def _input_lengths(data: Data, ids: Tensor) -> Tensor:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from expunge import __version__
 from expunge.core.errors import NeedsError
-from expunge.core.hashing import content_key, hash_model, hash_tensors
-from expunge.core.method import package_versions
 from expunge.core.outcome import Cost
-from expunge.core.problem import Problem, run_recipe
+from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
+from expunge.fleet.executors import Executor
+from expunge.fleet.jobs import Job
+from expunge.fleet.train import members
 
 if TYPE_CHECKING:
     from expunge.store import Store
@@ -37,16 +37,8 @@ class Reference:
 
 def reference_key(problem: Problem, request: Request, seed: int, device: str = "cpu") -> str:
     """Content key: recipe, data, forgotten ids, seed and device."""
-    forgotten = hash_tensors({"ids": request.resolve(problem.train)})
-    return content_key([
-        "reference",
-        __version__,
-        problem.recipe_key(),
-        problem.train.fingerprint(),
-        forgotten,
-        seed,
-        device,
-    ])
+    keep = problem.train.without(request.resolve(problem.train))
+    return Job(keep, seed, "reference").key(problem, device)
 
 
 def reference(
@@ -67,30 +59,33 @@ def reference(
     Raises:
         NeedsError: the problem has no recipe.
     """
+    return next(references(problem, request, [seed], store, runtime))
+
+
+def references(
+    problem: Problem,
+    request: Request,
+    seeds: Sequence[int],
+    store: Store,
+    runtime: Runtime,
+    executor: str | Executor | None = None,
+) -> Iterator[Reference]:
+    """Yield references in the order of their seeds, from the store or by running the recipe.
+
+    Args:
+        problem: must have a recipe.
+        request: what they must not have seen.
+        seeds: of the recipe.
+        store: where they are looked up and kept.
+        runtime: device, progress and engine.
+        executor: the engine, in place of the runtime's; the plain loop by default.
+
+    Raises:
+        NeedsError: the problem has no recipe.
+    """
     if problem.recipe is None:
         raise NeedsError("references need to know how the model was trained; pass recipe=")
-    key = reference_key(problem, request, seed, runtime.device)
-    found = store.find("reference", key)
-    if found is not None:
-        model = copy.deepcopy(problem.model)
-        model.load_state_dict(store.tensors(found))
-        return Reference(model.eval(), seed, Cost.read(found.record["cost"]), found.id, True)
     keep = problem.train.without(request.resolve(problem.train))
-    with runtime.metered() as cost:
-        model = run_recipe(problem.recipe, keep, seed, runtime).eval()
-    epochs = int(getattr(problem.recipe, "epochs", 0))
-    cost.samples = cost.gradients = epochs * len(keep)
-    settings = getattr(problem.recipe, "settings", dict)
-    record = {
-        "problem": problem.name,
-        "source": problem.source,
-        "fingerprint": problem.fingerprint(),
-        "request": request.to_dict(),
-        "recipe": settings(),
-        "runtime": runtime.describe() | {"seed": seed},
-        "packages": package_versions(),
-        "weights": hash_model(model),
-        "cost": asdict(cost),
-    }
-    run = store.put_run(kind="reference", key=key, record=record, tensors=model.state_dict())
-    return Reference(model, seed, cost, run, False)
+    jobs = [Job(keep, seed, "reference", request) for seed in seeds]
+    for made in members(problem, jobs, store, runtime, executor):
+        yield Reference(made.model, made.job.seed, made.cost, made.run, made.reused)

@@ -6,16 +6,22 @@ What data attribution by regression rests on. Dear once a recipe and data; it se
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Data
 from expunge.core.errors import NeedsError, SettingError
-from expunge.core.problem import Problem, run_recipe
+from expunge.core.hashing import content_key
+from expunge.core.problem import Problem
 from expunge.core.runtime import Runtime
-from expunge.fleet.together import group_size, train_together
+from expunge.fleet.executors import Executor, Together, chosen, in_order
+from expunge.fleet.jobs import Done, Job, described, fleet_keys
+
+if TYPE_CHECKING:
+    from expunge.store import Store
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,14 @@ def known_inputs(problem: Problem, validation: bool) -> list[Data]:
 
 
 def train_on_subsets(
-    problem: Problem, models: int, share: float, runtime: Runtime, *, validation: bool = False
+    problem: Problem,
+    models: int,
+    share: float,
+    runtime: Runtime,
+    *,
+    validation: bool = False,
+    store: Store | None = None,
+    executor: str | Executor | None = None,
 ) -> Subsets:
     """Train `models` times on random subsets and keep what each model says.
 
@@ -69,66 +82,101 @@ def train_on_subsets(
         problem: must have a recipe; its test data is not looked at.
         models: K.
         share: of the training data in each subset.
-        runtime: seeds, device and progress; samples and gradients of a recipe that knows its length
-            are counted.
+        runtime: seeds, device, progress and engine; samples and gradients of a recipe that knows its
+            length are counted.
         validation: keep what each model says about the validation data too.
+        store: where each model's outputs are looked up, and kept as soon as there are any; its
+            weights are not. Without one a call that is killed begins anew.
+        executor: see `train_many`.
 
     Returns:
         Masks and outputs.
     """
     masks = random_masks(models, len(problem.train), share, runtime)
-    keeps = [problem.train.ids[mask] for mask in masks]
-    seeds = [runtime.seed_for("subset model", k) for k in range(models)]
-    outputs = [
-        outputs_of(problem, model, runtime, validation)
-        for model in train_many(problem, keeps, seeds, runtime, task="subsets")
+    jobs = [
+        Job(problem.train.ids[mask], runtime.seed_for("subset model", k))
+        for k, mask in enumerate(masks)
     ]
+    _recipe(problem)
+    outputs: dict[int, Tensor] = {}
+    keys = [] if store is None else _output_keys(problem, jobs, runtime, validation)
+    for k, key in enumerate(keys):
+        found = store.find("outputs", key) if store is not None else None
+        if store is not None and found is not None:
+            outputs[k] = store.tensors(found)["outputs"]
+    missing = [k for k in range(models) if k not in outputs]
+    with runtime.task("subsets", models) as progress:
+        progress.advance(len(outputs))
+        for done in _run(problem, [jobs[k] for k in missing], runtime, executor):
+            k = missing[done.index]
+            outputs[k] = outputs_of(problem, done.model, runtime, validation)
+            if store is not None:
+                record = {"problem": problem.name, **described(jobs[k]), "seed": jobs[k].seed}
+                store.put_run(
+                    kind="outputs", key=keys[k], record=record | {"cost": asdict(done.cost)},
+                    tensors={"outputs": outputs[k]},
+                )  # fmt: skip
+            progress.advance()
     ids = torch.cat([data.ids for data in known_inputs(problem, validation)])
-    return Subsets(masks, torch.stack(outputs), problem.train.ids.clone(), ids)
+    stacked = torch.stack([outputs[k] for k in range(models)])
+    return Subsets(masks, stacked, problem.train.ids.clone(), ids)
 
 
 def train_many(
-    problem: Problem, keeps: Sequence[Tensor], seeds: Sequence[int], runtime: Runtime, task: str
+    problem: Problem,
+    keeps: Sequence[Tensor],
+    seeds: Sequence[int],
+    runtime: Runtime,
+    task: str,
+    executor: str | Executor | None = None,
 ) -> Iterator[nn.Module]:
-    """Yield a model of the problem's recipe for each set of ids and seed, together where possible.
+    """Yield a model of the problem's recipe for each set of ids and seed, in their order.
 
-    Models are trained together in runs of sets of one size; others, and networks that cannot be
-    stacked, one by one.
+    Args:
+        problem: must have a recipe.
+        keeps: ids to train on, a set a model.
+        seeds: one a model.
+        runtime: device, progress and engine.
+        task: name in progress.
+        executor: the engine, in place of the runtime's; by default models are trained together in
+            runs of sets of one size, where that is possible and quicker.
 
     Raises:
         NeedsError: the problem has no recipe.
     """
-    recipe = problem.recipe
-    if recipe is None:
+    jobs = [Job(keep, seed) for keep, seed in zip(keeps, seeds, strict=True)]
+    _recipe(problem)
+    with runtime.task(task, len(keeps)) as progress:
+        for done in in_order(_run(problem, jobs, runtime, executor)):
+            progress.advance()
+            yield done.model
+
+
+def _run(
+    problem: Problem, jobs: Sequence[Job], runtime: Runtime, engine: str | Executor | None
+) -> Iterator[Done]:
+    """Train jobs without a store, and count what they read."""
+    by_default = Together(where_quicker=True)
+    for done in chosen(engine, runtime, by_default).run(problem, jobs, runtime):
+        runtime.cost.samples += done.cost.samples
+        runtime.cost.gradients += done.cost.gradients
+        yield done
+
+
+def _recipe(problem: Problem) -> None:
+    if problem.recipe is None:
         raise NeedsError(
             "trainings on subsets need to know how the model was trained; pass recipe="
         )
-    most = group_size(recipe, problem.model)
-    epochs = int(getattr(recipe, "epochs", 0))
-    start = 0
-    with runtime.task(task, len(keeps)) as progress:
-        while start < len(keeps):
-            stop = start + 1
-            while stop < min(len(keeps), start + most) and len(keeps[stop]) == len(keeps[start]):
-                stop += 1
-            group = slice(start, stop)
-            made: list[nn.Module] | None = None
-            if stop - start > 1:
-                try:
-                    made = train_together(recipe, keeps[group], seeds[group], runtime)  # type: ignore[arg-type]
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError:  # an operation without a batched form
-                    most, stop = 1, start + 1
-            if made is None:
-                made = [run_recipe(recipe, keeps[start], seeds[start], runtime)]
-            counted = epochs * sum(len(keep) for keep in keeps[start:stop])
-            runtime.cost.samples += counted
-            runtime.cost.gradients += counted
-            start = stop
-            for model in made:
-                progress.advance()
-                yield model
+
+
+def _output_keys(
+    problem: Problem, jobs: Sequence[Job], runtime: Runtime, validation: bool
+) -> list[str]:
+    """Content keys of what models say: theirs, and that of the further inputs."""
+    asked = [data.fingerprint() for data in known_inputs(problem, validation)]
+    keys = fleet_keys(problem, jobs, runtime.device)
+    return [content_key(["outputs", problem.kind, key, asked]) for key in keys]
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ class Run:
 
     Attributes:
         id: sortable identifier, unique everywhere.
-        kind: original, reference, prepare, unlearn or audit.
+        kind: original, reference, prepare, unlearn, audit, or of a fleet: fleet, shadow,
+            checkpoint, outputs.
         key: content key of everything the run rests on.
         created: when it was stored (ISO 8601, UTC).
         status: done, or how else it ended.

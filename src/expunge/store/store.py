@@ -73,7 +73,8 @@ class Store(SuiteLog):
         """Add a run, unless one of the same kind and key is done.
 
         Args:
-            kind: original, reference, prepare, unlearn or audit.
+            kind: original, reference, prepare, unlearn, audit, or of a fleet: fleet, shadow,
+                checkpoint, outputs.
             key: content key of everything the run rests on.
             record: what is known about it; problem, method, seed and weights are found by name.
             tensors: what it made, kept as one blob.

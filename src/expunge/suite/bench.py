@@ -33,7 +33,7 @@ from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.strata import Strata
 from expunge.fleet.difficulty import Score, difficulty, plan
-from expunge.fleet.references import FIRST_SEED, Reference, reference, reference_key
+from expunge.fleet.references import FIRST_SEED, Reference, reference_key, references
 from expunge.store import Run, Store
 from expunge.train.prune import PrunedRecipe, Pruning, prune, recipe_of, with_mask
 from expunge.workloads import registry as workloads
@@ -162,10 +162,10 @@ class Bench:
         """Yield `count` retrained references one by one; none if the problem has no recipe."""
         if problem.recipe is None:
             return
-        for seed in range(FIRST_SEED, FIRST_SEED + count):
-            key = reference_key(problem, request, seed, self.runtime.device)
-            made = reference(problem, request, seed, self.store, self.runtime)
-            self._on_job(f"{problem.name}: reference {seed}", key, made.reused, made.run)
+        seeds = range(FIRST_SEED, FIRST_SEED + count)
+        for made in references(problem, request, seeds, self.store, self.runtime):
+            key = reference_key(problem, request, made.seed, self.runtime.device)
+            self._on_job(f"{problem.name}: reference {made.seed}", key, made.reused, made.run)
             yield made
 
     def unlearn(

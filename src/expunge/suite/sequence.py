@@ -16,9 +16,11 @@ from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.errors import RequestError, UserError
 from expunge.core.method import unlearn
 from expunge.core.outcome import Cost, Outcome
-from expunge.core.problem import Problem, run_recipe
+from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
+from expunge.fleet.executors import chosen, in_order
+from expunge.fleet.jobs import Job
 from expunge.fleet.references import FIRST_SEED
 from expunge.suite.compare import MethodSpec, make_method
 from expunge.train.adapters import has_adapters, merged
@@ -195,5 +197,6 @@ def _retrained(problem: Problem, covered: Tensor, count: int, runtime: Runtime) 
         return []
     keep, request = problem.train.without(covered), Request(ids=tuple(covered.tolist()))
     seeds = range(FIRST_SEED, FIRST_SEED + count)
-    models = [run_recipe(problem.recipe, keep, seed, runtime) for seed in seeds]
-    return [Subject(model, problem, request, runtime) for model in models]
+    jobs = [Job(keep, seed, "reference") for seed in seeds]
+    made = in_order(chosen(None, runtime).run(problem, jobs, runtime))
+    return [Subject(done.model, problem, request, runtime) for done in made]

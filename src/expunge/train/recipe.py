@@ -229,6 +229,28 @@ class SupervisedRecipe:
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """A recipe whose trainings end early, at the learning rates of the whole training.
+
+    Attributes:
+        recipe: of the whole training.
+        last: epoch to end before.
+    """
+
+    recipe: SupervisedRecipe
+    last: int
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the kept samples."""
+        return self.last
+
+    def __call__(self, keep_ids: Tensor, seed: int, runtime: Runtime | None = None) -> nn.Module:
+        """Train as the recipe does until the epoch; see `SupervisedRecipe`."""
+        return self.recipe.train(keep_ids, seed, runtime, last=self.last)[0]
+
+
+@dataclass(frozen=True)
 class ClassifierRecipe(SupervisedRecipe):
     """Train a classifier on the cross-entropy; see `SupervisedRecipe` for the settings."""
 

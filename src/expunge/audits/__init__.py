@@ -21,6 +21,7 @@ registry = Registry(
         "wasserstein": "expunge.audits.wasserstein:Wasserstein",
         "residual-membership": "expunge.audits.residual_membership:ResidualMembership",
         "relearn-time": "expunge.audits.relearn_time:RelearnTime",
+        "memorised-fraction": "expunge.audits.memorised_fraction:MemorisedFraction",
         "memorisation": "expunge.audits.memorisation:Memorisation",
         "rouge": "expunge.audits.rouge:Rouge",
         "truth-ratio": "expunge.audits.truth_ratio:TruthRatio",

@@ -13,6 +13,7 @@ registry = Registry(
         "prediction-matrix": "expunge.audits.prediction_matrix:PredictionMatrix",
         "divergence": "expunge.audits.divergence:Divergence",
         "membership": "expunge.audits.membership:Membership",
+        "privacy-score": "expunge.audits.privacy_score:PrivacyScore",
         "cka": "expunge.audits.cka:CKA",
         "weight-distance": "expunge.audits.weight_distance:WeightDistance",
         "norm-statistics": "expunge.audits.norm_statistics:NormStatistics",

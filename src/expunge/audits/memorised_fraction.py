@@ -23,7 +23,7 @@ from expunge.audits._mixture_checks import (
     self_test,
     thresholds,
 )
-from expunge.audits._splits import FEWEST, unusable
+from expunge.audits._splits import FEWEST, ONE_CLASS, unusable
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.errors import DataError
 from expunge.core.needs import Card, Deviation, Needs
@@ -150,7 +150,7 @@ class MemorisedFraction(Audit):
         if count < FEWEST:
             return f"only {count} samples to forget, {FEWEST} are needed"
         if subject.logits("forget-train").shape[1] < 2:
-            return "the model knows one class only, so nothing can be told from its outputs"
+            return ONE_CLASS
         if "retain-test" not in subject.splits:
             return "there is no test data, so nobody was never seen"
         there = [s for s in ("forget-test", "retain-test") if len(subject.splits[s])]

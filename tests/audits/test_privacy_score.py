@@ -64,7 +64,7 @@ def test_comparator_invariant_2_directions_are_linked():
         )
         np.testing.assert_allclose(other.fpr, 1 - one.fnr, atol=1e-12)
         np.testing.assert_allclose(other.fnr, 1 - one.fpr, atol=1e-12)
-        assert one.attack.max() > 0.3 or other.attack.max() > 0.3
+        assert max(one.attack.max(), other.attack.max()) > 0.1
         hopeless = one.fpr + one.fnr >= 1 - DELTA
         assert hopeless.any() and not one.attack[hopeless].any()
 

@@ -168,12 +168,12 @@ class MemorisedFraction(Audit):
         groups = self._groups(subject, calibrations[0], places, runtime)
         mixture = _mixture(groups, runtime)
         plain = Population(mixture, groups.forget)
-        known = [
+        made = [
             injected(groups.out, groups.member, len(groups.forget), _random(runtime, w), self.injections)
             for w in ("thresholds", "self-test")
         ]  # fmt: skip
-        allowed = thresholds(known[0])
-        tested = self_test(known[1], allowed)
+        allowed = thresholds(made[0])
+        tested = self_test(made[1], allowed)
         draws = bootstrap(
             plain, allowed(plain.limit(allowed)), _random(runtime, "bootstrap"), self.resamples
         )
@@ -185,17 +185,19 @@ class MemorisedFraction(Audit):
         for s, calibration in measured:
             outs.append(self._groups(s, calibration, places, runtime))
             others.append(Population(_mixture(outs[-1], runtime), outs[-1].forget))
-        notes = self._notes(plain, draws, tested)
+        known_to = plain.limit(allowed) < 1 or draws.p_value <= 0.05
+        notes = self._notes(plain, draws, tested, known_to)
         shown = calibrations[0].words
         detail = _detail(plain, groups, draws, tested, mixture) | {
             "nonmembers": how,
             "calibration": shown,
             "members": self.members,
+            "identifiable": known_to,
         }
         findings = _both("", plain, others, draws, allowed, detail, groups, notes)
         bent = Population(mixture, groups.forget, covariate=True)
         inner = [Population(o.mixture, o.x, covariate=True) for o in others]
-        extra = {"slope": bent.best.slope.tolist(), "centre": bent.best.centre.tolist()}
+        extra = {"identifiable": known_to, "slope": bent.best.slope.tolist(), "centre": bent.best.centre.tolist()}
         findings += _both("-shifted", bent, inner, draws, allowed, extra, groups, notes)
         findings.append(_erased(groups, outs))
         covered = sum(round(t["covered"] * self.injections) for t in tested)
@@ -254,9 +256,9 @@ class MemorisedFraction(Audit):
         return [*big, left] if len(left) >= SMALLEST or not big else [*big[:-1], np.concatenate([big[-1], left])]  # fmt: skip
 
     @staticmethod
-    def _notes(plain: Population, draws: Bootstrap, tested: Sequence[dict[str, float]]) -> str:
+    def _notes(plain: Population, draws: Bootstrap, tested: Sequence[dict[str, float]], known: bool) -> str:  # fmt: skip
         notes = []
-        if not plain.identifiable:
+        if not known:
             notes.append("not identifiable: members and non-members score too much alike to tell")
         if len(plain.x) < FEW:
             notes.append(f"only {len(plain.x)} records: so few seldom give a limit below 0.3")
@@ -301,7 +303,7 @@ def _both(
     for fields in (beside, estimates):
         fields["reason"] = "; ".join(p for p in (notes, fields["reason"]) if p) or None
     low, high = (float(v) for v in np.percentile(draws.limits, [2.5, 97.5]))
-    known = population.identifiable
+    known = detail["identifiable"]
     return [
         Finding(
             f"memorised-fraction/limit{suffix}", limit,
@@ -335,8 +337,7 @@ def _detail(
         "paper_limit": plain.limit(TWO_SIDED),
         "fit": draws.fit,
         "p_value": draws.p_value,
-        "identifiable": plain.identifiable,
-        "records": len(groups.forget),
+                "records": len(groups.forget),
         "nonmember_records": [len(g) for g in groups.out],
         "member_records": len(groups.member),
         "classify_and_count": float((groups.forget > cut).mean()),

@@ -22,6 +22,7 @@ registry = Registry(
         "wasserstein": "expunge.audits.wasserstein:Wasserstein",
         "residual-membership": "expunge.audits.residual_membership:ResidualMembership",
         "relearn-time": "expunge.audits.relearn_time:RelearnTime",
+        "klom": "expunge.audits.klom:KLoM",
         "memorised-fraction": "expunge.audits.memorised_fraction:MemorisedFraction",
         "memorisation": "expunge.audits.memorisation:Memorisation",
         "rouge": "expunge.audits.rouge:Rouge",
@@ -35,9 +36,16 @@ registry = Registry(
     group="expunge.audits",
 )
 
-ASKED_FOR = ("relearn-time", "extraction-likelihood", "in-context", "in-context-images", "ches")
-"""Audits that train the model anew, ask it many times over, or are about pairs of answers that a method is
-to be given, and so run only when they are named."""
+ASKED_FOR = (
+    "relearn-time",
+    "extraction-likelihood",
+    "in-context",
+    "in-context-images",
+    "ches",
+    "klom",
+)
+"""Audits that train the model anew, ask it many times over, want many models, or are about pairs of answers
+that a method is to be given, and so run only when they are named."""
 SUITES = {
     "standard": tuple(name for name in registry if name not in ASKED_FOR),
     "quick": ("accuracy", "regression-error", "memorisation", "cost"),

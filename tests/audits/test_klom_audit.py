@@ -49,7 +49,9 @@ def test_models_that_forgot_are_at_the_floor_and_others_above(made):
 
 def test_kept_samples_are_apart_from_forgotten_ones(made):
     found = run(*made(8.0))
-    assert found["klom/retain-train"].value == pytest.approx(found["klom/retain-train"].reference, abs=1)
+    assert found["klom/retain-train"].value == pytest.approx(
+        found["klom/retain-train"].reference, abs=1
+    )
     assert "no whole class" in found["klom/forget-test"].reason
     assert found["klom/retain-test"].value is not None
 

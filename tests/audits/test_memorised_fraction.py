@@ -193,7 +193,9 @@ def test_log_odds_are_clipped_without_a_spike(tables, some_ids, margins):
     odds = torch.cat([torch.full((30,), 40.0), torch.linspace(-3, 3, 10)])
     (s,) = tables(y, None, some_ids(39), margins(y, odds))
     found = log_odds(s, "forget-train", Runtime())
-    assert found.max() <= CLIP and len(np.unique(found[:30])) == 30 and found[:30].min() > CLIP - 0.2
+    assert (
+        found.max() <= CLIP and len(np.unique(found[:30])) == 30 and found[:30].min() > CLIP - 0.2
+    )
     np.testing.assert_allclose(found[30:], odds[30:39], atol=1e-5)
 
 

@@ -103,10 +103,7 @@ def test_quantification_shift_invariant_4_the_limit_is_above_the_estimate(fracti
 
 def test_quantification_shift_invariant_4_limits_shrink_with_the_root_of_the_number():
     widths = {
-        n: np.mean([
-            (p := case(seed, 0.3, n=n)).limit() - p.best.fraction
-            for seed in range(4)
-        ])
+        n: np.mean([(p := case(seed, 0.3, n=n)).limit() - p.best.fraction for seed in range(4)])
         for n in (150, 600)
     }
     assert widths[150] / widths[600] == pytest.approx(2, rel=0.2)
@@ -271,7 +268,9 @@ def test_thresholds_hold_what_densities_from_few_samples_ask_for():
     many = thresholds(
         injected([random.normal(0, 1, 800)], random.normal(1, 1, 800), 400, random, 20)
     )
-    assert (few.halved >= ONE_SIDED).all() and few.halved[2:4].mean() > 1.5 * many.halved[2:4].mean()
+    assert (few.halved >= ONE_SIDED).all() and few.halved[2:4].mean() > 1.5 * many.halved[
+        2:4
+    ].mean()
     assert few(0.5) == pytest.approx(ONE_SIDED + (few.halved[3] - ONE_SIDED) / 2)
 
 

@@ -79,6 +79,36 @@ class Density:
         return replace(self, points=self.draw(len(self.points), random))
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """Several densities at fixed shares: a known class whose inner shares do not move."""
+
+    parts: tuple[Density, ...]
+    shares: Array
+
+    def log(self, x: Array) -> Array:
+        """Log density [m] at x [m, D]."""
+        logs = np.stack([p.log(x) for p in self.parts], 1)
+        return np.logaddexp.reduce(logs + np.log(self.shares), axis=1)
+
+    def log_quickly(self, x: Array) -> Array:
+        """The same from tables."""
+        logs = np.stack([p.log_quickly(x) for p in self.parts], 1)
+        return np.logaddexp.reduce(logs + np.log(self.shares), axis=1)
+
+    def draw(self, count: int, random: np.random.Generator) -> Array:
+        """Samples [count, D]."""
+        of = random.choice(len(self.parts), size=count, p=self.shares)
+        found = np.empty((count, self.parts[0].points.shape[1]))
+        for k, part in enumerate(self.parts):
+            found[of == k] = part.draw(int((of == k).sum()), random)
+        return found
+
+    def again(self, random: np.random.Generator) -> Pooled:
+        """The same of densities that are drawn anew."""
+        return Pooled(tuple(p.again(random) for p in self.parts), self.shares)
+
+
 def fit_density(
     points: Array, box: Array, random: np.random.Generator, *, repeats: int = 20
 ) -> Density:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from expunge.audits._density import Array, Density, checked, fit_density
+from expunge.audits._density import Array, Density, Pooled, checked, fit_density
 
 ONE_SIDED, TWO_SIDED = 2.71, 3.84
 """Thresholds of TS at 95 % for one degree of freedom."""
@@ -33,36 +33,6 @@ POINTS = 400
 """Places over which C is averaged, a dimension."""
 MOST, ENOUGH = 3000, 1e-8
 """Iterations of EM, and the gain of the log-likelihood at which it stops."""
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """Several densities at fixed shares: a known class whose inner shares do not move."""
-
-    parts: tuple[Density, ...]
-    shares: Array
-
-    def log(self, x: Array) -> Array:
-        """Log density [m] at x [m, D]."""
-        logs = np.stack([p.log(x) for p in self.parts], 1)
-        return np.logaddexp.reduce(logs + np.log(self.shares), axis=1)
-
-    def log_quickly(self, x: Array) -> Array:
-        """The same from tables."""
-        logs = np.stack([p.log_quickly(x) for p in self.parts], 1)
-        return np.logaddexp.reduce(logs + np.log(self.shares), axis=1)
-
-    def draw(self, count: int, random: np.random.Generator) -> Array:
-        """Samples [count, D]."""
-        of = random.choice(len(self.parts), size=count, p=self.shares)
-        found = np.empty((count, self.parts[0].points.shape[1]))
-        for k, part in enumerate(self.parts):
-            found[of == k] = part.draw(int((of == k).sum()), random)
-        return found
-
-    def again(self, random: np.random.Generator) -> Pooled:
-        """The same of densities that are drawn anew."""
-        return Pooled(tuple(p.again(random) for p in self.parts), self.shares)
 
 
 @dataclass(frozen=True)
@@ -123,10 +93,10 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Fit:
-    """Best parameters.
+    r"""Best parameters.
 
     Attributes:
-        shares: \\(\\pi_1 … \\pi_K, \\pi_{new}\\) [K + 1], of sum 1.
+        shares: \(\pi_1 … \pi_K, \pi_{new}\) [K + 1], of sum 1.
         slope: b [D]; zeros without the covariate term.
         centre: c [D].
         likelihood: ln L, with the slopes' prior if they are free.
@@ -343,7 +313,9 @@ class Population:
         inside, outside = self.best.fraction, 0.0 if lower else 1.0
         if self.ts(outside) <= allowed(outside):
             return outside
-        if callable(threshold):  # it may be crossed more than once: the crossing furthest out counts
+        if callable(
+            threshold
+        ):  # it may be crossed more than once: the crossing furthest out counts
             for at in np.linspace(outside, inside, 12)[1:-1]:
                 if self.ts(float(at), self.best) <= allowed(float(at)):
                     inside = float(at)
@@ -393,7 +365,7 @@ def _weights(densities: Sequence[Density | Pooled], points: Array) -> Array:
 
 
 def _log_c(x: Array, slope: Array, centre: Array) -> Array:
-    """ln C [m]."""
+    """Log of C [m]."""
     return -np.logaddexp(0.0, -slope * (x - centre)).sum(1)
 
 

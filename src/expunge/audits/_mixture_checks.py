@@ -168,9 +168,7 @@ def _halves(values: Array, random: np.random.Generator) -> tuple[Array, Array]:
     return values[order[:cut]], values[order[cut:]]
 
 
-def rivals(
-    mixture: Mixture, x: Array, shares: Sequence[int]
-) -> list[dict[str, Any]]:
+def rivals(mixture: Mixture, x: Array, shares: Sequence[int]) -> list[dict[str, Any]]:
     """Compare models of the shift: none, prior, covariate, both.
 
     Args:

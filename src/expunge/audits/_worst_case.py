@@ -140,7 +140,9 @@ def resampled(
     found = []
     for _ in range(count):
         rows = [random.integers(n, size=n) for n in sizes]
-        a, b = ({k: v[r] for k, v in g.items()} for g, r in zip((model, reference), rows, strict=True))
+        a, b = (
+            {k: v[r] for k, v in g.items()} for g, r in zip((model, reference), rows, strict=True)
+        )
         found.append(privacy(a, b, grid).value)
     return np.array(found)
 

@@ -49,7 +49,9 @@ class KLoM(Audit):
         ),
     )
 
-    fewest: int = setting(10, "models a side below which a histogram of 20 bins says nothing", low=5)
+    fewest: int = setting(
+        10, "models a side below which a histogram of 20 bins says nothing", low=5
+    )
 
     @property
     def needs(self) -> Needs:

@@ -115,7 +115,9 @@ class MemorisedFraction(Audit):
     )
     halves: int = setting(4, "models on halves of the kept records, with members=retain", low=2)
     resamples: int = setting(100, "draws of the bootstrap", low=20, source="paper")
-    injections: int = setting(40, "populations a known share, for the thresholds and again for the self-test", low=10)
+    injections: int = setting(
+        40, "populations a known share, for the thresholds and again for the self-test", low=10
+    )
     max_samples: int = setting(2000, "records a group", low=20)
 
     @property
@@ -197,7 +199,11 @@ class MemorisedFraction(Audit):
         findings = _both("", plain, others, draws, allowed, detail, groups, notes)
         bent = Population(mixture, groups.forget, covariate=True)
         inner = [Population(o.mixture, o.x, covariate=True) for o in others]
-        extra = {"identifiable": known_to, "slope": bent.best.slope.tolist(), "centre": bent.best.centre.tolist()}
+        extra = {
+            "identifiable": known_to,
+            "slope": bent.best.slope.tolist(),
+            "centre": bent.best.centre.tolist(),
+        }
         findings += _both("-shifted", bent, inner, draws, allowed, extra, groups, notes)
         findings.append(_erased(groups, outs))
         covered = sum(round(t["covered"] * self.injections) for t in tested)
@@ -330,7 +336,9 @@ def _detail(
     at, ts = plain.curve()
     out = np.concatenate(groups.out)
     cut = best_threshold(groups.member, out)
-    edges = np.linspace(*np.percentile(np.concatenate([out, groups.member, groups.forget]), [0.5, 99.5]), 31)  # fmt: skip
+    everything = np.concatenate([out, groups.member, groups.forget])
+    least, most = (float(v) for v in np.percentile(everything, [0.5, 99.5]))
+    edges = np.linspace(least, most, 31)
     return {
         "profile": {"fraction": at.tolist(), "ts": ts.tolist()},
         "plain_limit": plain.limit(ONE_SIDED),
@@ -366,4 +374,3 @@ def _erased(groups: Groups, others: Sequence[Groups]) -> Finding:
         "memorised-fraction/erased", float(mine.mean()), low=low, high=high, original=before,
         detail={"by_chance": 0.05}, per_sample={"erased": mine}, **against(theirs),
     )  # fmt: skip
-

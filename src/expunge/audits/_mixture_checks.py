@@ -68,8 +68,8 @@ def _drawn(mixture: Mixture, shares: Array, size: int, random: np.random.Generat
     parts = (*mixture.known, mixture.new)
     counts = random.multinomial(size, shares / shares.sum())
     x = np.concatenate([p.draw(int(n), random) for p, n in zip(parts, counts, strict=True)])
-    *known, new = (p.again(random) for p in parts)
-    return replace(mixture, known=tuple(known), new=new).logs(x, quickly=True)
+    known = tuple(p.again(random) for p in mixture.known)
+    return replace(mixture, known=known, new=mixture.new.again(random)).logs(x, quickly=True)
 
 
 @dataclass(frozen=True)

@@ -121,11 +121,12 @@ def privacy(model: Values, reference: Values, grid: Mapping[str, Array]) -> Scor
     """
     curves: dict[tuple[str, str], Curve] = {}
     for name, thresholds in grid.items():
-        groups = (model[name], reference[name])
+        mine, theirs = model[name], reference[name]
+        groups = (mine, theirs)
         if not all(len(g) for g in groups) or not all(np.isfinite(g).all() for g in groups):
             raise DataError(f"a group of {name} values is empty, or holds NaN or infinite values")
-        curves[name, "model"] = curve(*groups, thresholds)
-        curves[name, "reference"] = curve(*reversed(groups), thresholds)
+        curves[name, "model"] = curve(mine, theirs, thresholds)
+        curves[name, "reference"] = curve(theirs, mine, thresholds)
     best = max(curves, key=lambda k: float(curves[k].attack.max()))
     at = int(curves[best].attack.argmax())
     value = 1 - float(curves[best].attack[at])

@@ -32,7 +32,7 @@ from expunge.core.settings import setting
 
 _TEST = "tests/audits/test_memorised_fraction.py::test_"
 FEW = 100
-"""Records below which a limit is seldom under 0.3."""
+"""Records below which a limit is coarse (seldom under 0.3 where scores overlap much)."""
 SMALLEST = 25
 """Non-members that a stratum needs."""
 MISFIT = 0.01
@@ -267,7 +267,7 @@ class MemorisedFraction(Audit):
         if not known:
             notes.append("not identifiable: members and non-members score too much alike to tell")
         if len(plain.x) < FEW:
-            notes.append(f"only {len(plain.x)} records: so few seldom give a limit below 0.3")
+            notes.append(f"only {len(plain.x)} records: so few give a coarse limit")
         if draws.fit < MISFIT:
             notes.append("the scores are no mixture of these members and non-members, so read it with care")  # fmt: skip
         covered = float(np.mean([t["covered"] for t in tested]))

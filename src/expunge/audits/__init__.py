@@ -13,6 +13,7 @@ registry = Registry(
         "prediction-matrix": "expunge.audits.prediction_matrix:PredictionMatrix",
         "divergence": "expunge.audits.divergence:Divergence",
         "membership": "expunge.audits.membership:Membership",
+        "privacy-score": "expunge.audits.privacy_score:PrivacyScore",
         "cka": "expunge.audits.cka:CKA",
         "weight-distance": "expunge.audits.weight_distance:WeightDistance",
         "norm-statistics": "expunge.audits.norm_statistics:NormStatistics",
@@ -23,6 +24,8 @@ registry = Registry(
         "representation": "expunge.audits.representation:Representation",
         "recovery": "expunge.audits.recovery:Recovery",
         "relearn-time": "expunge.audits.relearn_time:RelearnTime",
+        "klom": "expunge.audits.klom:KLoM",
+        "memorised-fraction": "expunge.audits.memorised_fraction:MemorisedFraction",
         "memorisation": "expunge.audits.memorisation:Memorisation",
         "rouge": "expunge.audits.rouge:Rouge",
         "truth-ratio": "expunge.audits.truth_ratio:TruthRatio",
@@ -42,9 +45,10 @@ ASKED_FOR = (
     "in-context",
     "in-context-images",
     "ches",
+    "klom",
 )
-"""Audits that train the model anew, ask it many times over, or are about pairs of answers that a method is
-to be given, and so run only when they are named."""
+"""Audits that train the model anew, ask it many times over, want many models, or are about pairs of answers
+that a method is to be given, and so run only when they are named."""
 SUITES = {
     "standard": tuple(name for name in registry if name not in ASKED_FOR),
     "quick": ("accuracy", "regression-error", "memorisation", "cost"),

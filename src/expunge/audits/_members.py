@@ -76,6 +76,31 @@ def nonmembers(
     return places, f"{len(chosen)} test samples with the forget set's {stratum} shares"
 
 
+def overlap(subject: Subject, places: Places) -> str | None:
+    """Why the non-members cannot stand for samples never seen: some are records to forget. None if not.
+
+    Inputs are compared bit by bit; inputs that are not one tensor cannot be and are let through.
+    """
+
+    def rows(split: str, at: Tensor | None = None) -> list[bytes]:
+        ids = subject.splits[split] if at is None else subject.splits[split][at]
+        found = []
+        for batch in subject.data_of(split).batches(1024, ids):
+            if not isinstance(batch.x, Tensor):
+                return []
+            found += [row.numpy().tobytes() for row in batch.x.cpu()]
+        return found
+
+    forgotten = set(rows("forget-train"))
+    same = sum(row in forgotten for split, at in places.items() for row in rows(split, at))
+    if not same:
+        return None
+    return (
+        f"{same} of the samples taken for unseen are records to forget; "
+        "give test data that shares none with the training data"
+    )
+
+
 def _plural(word: str) -> str:
     return word + ("es" if word.endswith("s") else "s")
 

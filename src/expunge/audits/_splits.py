@@ -13,6 +13,7 @@ SPLITS = ("forget-train", "retain-train", "forget-test", "retain-test")
 """What audits measure on, in the order of their findings."""
 NO_REFERENCE = "no retrained reference to compare with"
 NO_TEST = "there is no test data"
+ONE_CLASS = "the model knows one class only, so nothing can be told from its outputs"
 FEWEST = 10
 """Fewer samples than this say nothing."""
 

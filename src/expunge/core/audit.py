@@ -72,6 +72,7 @@ class Subject:
         *,
         cost: Cost | None = None,
         outcome: Any = None,
+        siblings: Sequence[Subject] = (),
     ) -> None:
         """Keep a frozen copy of the released model.
 
@@ -82,6 +83,7 @@ class Subject:
             runtime: device and progress.
             cost: of making it, if known; an outcome brings its own.
             outcome: the run's outcome, if there is one.
+            siblings: what the same method made with other seeds, for audits of a method.
         """
         self.model = copy.deepcopy(model).to(runtime.device).eval().requires_grad_(False)
         self.problem = problem
@@ -89,6 +91,7 @@ class Subject:
         self.runtime = runtime
         self.cost = cost if outcome is None else outcome.cost
         self.outcome = outcome
+        self.siblings = tuple(siblings)
         self._outputs: dict[tuple[str, str], Tensor] = {}
         self._whole: Subject | None = None
         self._within = torch.empty(0, dtype=torch.long)
@@ -118,6 +121,7 @@ class Subject:
         """
         part = copy.copy(self)
         part._whole, part._within, part._outputs = self.whole, ids, {}
+        part.siblings = tuple(s.within(ids) for s in self.siblings)
         for kept in ("_grams", "_recalibrated"):  # by audits, and about the whole's samples
             part.__dict__.pop(kept, None)
         part.__dict__["splits"] = {

@@ -119,6 +119,39 @@ def _known() -> dict[str, Explanation]:
         "A support vector machine on the loss, fitted on kept training against kept test samples, calls this share of the forgotten samples members, 0 to 1.",
         "Toward the reference, not toward 0.",
     )
+    for suffix, more in (("", ""), ("-shifted", ", where the unseen samples' scores may be bent, as for harder records")):  # fmt: skip
+        side = ", shifted" if suffix else ""
+        found[f"memorised-fraction/limit{suffix}"] = Explanation(
+            f"still memorised, at most{side}",
+            f"At most this share of the samples to be forgotten is still memorised (95 %), 0 to 1{more}.",
+            _REFERENCE,
+        )
+        found[f"memorised-fraction/estimate{suffix}"] = Explanation(
+            f"still memorised, estimate{side}",
+            f"The likeliest share of the samples to be forgotten that score as memorised ones do, 0 to 1{more}.",
+            _REFERENCE,
+        )
+    found["memorised-fraction/erased"] = Explanation(
+        "scored below unseen samples",
+        "Share of the samples to be forgotten that score below 95 % of the unseen ones: 0.05 by chance.",
+        "Toward the reference; more is over-forgetting, which can be seen.",
+    )
+    found["memorised-fraction/self-test"] = Explanation(
+        "memorised fraction, self-test",
+        "Share of the limits that hold on populations of known fractions.",
+        "Up to 0.95 and more.",
+    )
+    found["privacy-score/forget-train"] = Explanation(
+        "privacy score (PS)",
+        "How little the best threshold on entropy or confidence tells this model from a retrained one, 0 (at sight) to 1 (not at all).",
+        "Up to the reference, which is the score of retrained models against each other; not to 1.",
+    )
+    for split, what in _SPLITS.items():
+        found[f"klom/{split}"] = Explanation(
+            f"KLoM, {_SPLIT_LABELS[split]}",
+            f"Divergence of the margins of a method's models from those of retrained ones on {what}, in nats, 0 to 11.5.",
+            _AMONG,
+        )
     found["relearn-time/updates"] = Explanation(
         "updates to relearn",
         "Mini-batch updates on all training data until the forgotten is known as well as to the original; capped.",

@@ -324,6 +324,11 @@ class Bench:
             # a cost is a fact of the run, not of the weights
             run,
             *([] if strata is None else [strata.key()]),
+            *(
+                ["siblings", *(hash_model(s.model) for s in subject.siblings)]
+                if subject.siblings
+                else []
+            ),
         ])
         found = self.store.find("audit", key)
         label = f"{subject.problem.name}: audit of {run[-6:]}"

@@ -13,6 +13,9 @@ registry = Registry(
         "prediction-matrix": "expunge.audits.prediction_matrix:PredictionMatrix",
         "divergence": "expunge.audits.divergence:Divergence",
         "membership": "expunge.audits.membership:Membership",
+        "lira": "expunge.audits.lira:LiRA",
+        "rmia": "expunge.audits.rmia:RMIA",
+        "u-lira": "expunge.audits.u_lira:ULiRA",
         "cka": "expunge.audits.cka:CKA",
         "weight-distance": "expunge.audits.weight_distance:WeightDistance",
         "norm-statistics": "expunge.audits.norm_statistics:NormStatistics",
@@ -33,8 +36,17 @@ registry = Registry(
     group="expunge.audits",
 )
 
-ASKED_FOR = ("relearn-time", "extraction-likelihood", "in-context", "in-context-images", "ches")
-"""Audits that train the model anew, ask it many times over, or are about pairs of answers that a method is
+ASKED_FOR = (
+    "lira",
+    "rmia",
+    "u-lira",
+    "relearn-time",
+    "extraction-likelihood",
+    "in-context",
+    "in-context-images",
+    "ches",
+)
+"""Audits that train models anew, ask it many times over, or are about pairs of answers that a method is
 to be given, and so run only when they are named."""
 SUITES = {
     "standard": tuple(name for name in registry if name not in ASKED_FOR),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from expunge.audits._intervals import Z95, auc, auc_interval, two_sided
 from expunge.audits._splits import FEWEST
 from expunge.core.audit import Finding, Subject, against
+from expunge.core.data import Data
+from expunge.core.hashing import hash_tensors
 from expunge.core.runtime import Runtime
 
 Places = dict[str, Tensor]
@@ -41,6 +44,12 @@ def nonmembers(
         Positions by split and a description, or None and the reason.
     """
     splits = [s for s in ("forget-test", "retain-test") if len(subject.splits[s])]
+    shared = also_to_forget(subject)
+    if shared:
+        return None, (
+            f"{shared} of the test samples {'is' if shared == 1 else 'are'} among the samples to "
+            "forget: take them out of the test data"
+        )
     if how == "test":
         return {s: torch.arange(len(subject.splits[s])) for s in splits}, "all test samples"
     wanted = strata(subject.labels("forget-train")).bincount()
@@ -74,6 +83,42 @@ def nonmembers(
             places[s] = inside
         offset += size
     return places, f"{len(chosen)} test samples with the forget set's {stratum} shares"
+
+
+def also_to_forget(subject: Subject) -> int:
+    """How many test inputs equal, bit for bit, one to forget: no model has not seen them.
+
+    Looked at once a request and kept with the problem.
+    """
+    problem, whole = subject.problem, subject.whole
+    memory: dict[str, int] = problem.__dict__.setdefault("_shared_inputs", {})
+    if problem.test is None:
+        return 0
+    key = hash_tensors({"forget": whole.splits["forget-train"]})
+    key += problem.train.fingerprint() + problem.test.fingerprint()
+    if key not in memory:
+        # padding of texts depends on the others in a batch
+        size = 1 if problem.kind == "causal-lm" else 256
+        forget = set(_inputs(problem.train, whole.splits["forget-train"], size))
+        memory[key] = sum(x in forget for x in _inputs(problem.test, problem.test.ids, size))
+    return memory[key]
+
+
+def _inputs(data: Data, ids: Tensor, size: int) -> Iterator[bytes]:
+    """A digest of each input."""
+    for batch in data.batches(size, ids):
+        parts = [batch.x] if isinstance(batch.x, Tensor) else list(batch.x.values())
+        rows = [p.cpu().contiguous().flatten(1) if p.ndim > 1 else p.cpu()[:, None] for p in parts]
+        for n in range(len(batch)):
+            yield hashlib.sha256(
+                b"".join(r[n].contiguous().view(torch.uint8).numpy().tobytes() for r in rows)
+            ).digest()
+
+
+def constant(*groups: np.ndarray) -> str | None:
+    """Why scores tell no sample from another, or None."""
+    values = np.concatenate(groups)
+    return "all samples have the same score" if np.ptp(values) == 0 else None
 
 
 def _plural(word: str) -> str:
@@ -110,6 +155,9 @@ def auc_finding(
         The finding; the unfolded AUCs, 1 = the forget samples look like members, are in its detail.
     """
     forget, out = sides(score, subject, places)
+    why = constant(forget, out)
+    if why:
+        return Finding(name, None, reason=why)
     raw, (low, high) = auc(forget, out), auc_interval(forget, out)
     value, folded_low, folded_high = two_sided(raw, low, high)
     theirs = [auc(*sides(score, r, places)) for r in references]

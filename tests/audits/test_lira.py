@@ -184,6 +184,11 @@ def test_references_from_another_recipe_are_no_references(world, by_name):
     for f in run(subjects, by_name).values():
         assert f.reference is None and f.floor is None
         assert f.value is None or "another recipe" in f.reason
+    # worse on unseen data alone is no sign: shadow models may have seen odd test data
+    odd = w.logits()
+    odd[160:] = untrained[160:]
+    f = run(w.subjects(w.logits(2.0), w.logits(2.0), odd), by_name)["lira/auc-online"]
+    assert f.reference is not None
     good = run(w.subjects(w.logits(2.0), w.logits(2.0), w.logits()), by_name)
     assert good["lira/auc-online"].reference is not None
     wide = w.subjects(w.logits(2.0), w.logits(2.0), w.logits())

@@ -100,24 +100,26 @@ def other_architecture(subject: Subject, references: Sequence[Subject]) -> str |
 def other_recipe(made: Shadows, references: Sequence[Subject]) -> str | None:
     """Why a reference is no retrained model of this problem, by what it says, or None.
 
-    A retrained model saw more samples than a shadow model. One that is far worse on kept unseen data
-    than all of them was trained in another way; one that is better cannot be told from one that saw
-    more.
+    A retrained model saw more samples than a shadow model. One that is far worse than all of them on kept
+    unseen data, and fits its own training data far worse than they fit theirs, was trained in another
+    way. One that is better cannot be told from one that saw more.
     """
     for reference in references:
-        ids = reference.splits.get("retain-test", torch.empty(0))
-        if len(ids) < FEWEST:
-            return None
-        theirs = made.odds[:, made.columns("retain-test", ids)].double()
-        # log-odds of models that were trained on a sample are higher: looked at among the others
-        unseen = ~made.masks[:, made.columns("retain-test", ids)]
-        means = ((theirs * unseen).sum(1) / unseen.sum(1).clamp_min(1)).numpy()
-        own = float(odds(reference, "retain-test").mean())
-        spread = float(means.std(ddof=1)) or 1e-12
-        if own < float(means.min()) and (float(means.mean()) - own) / spread > FAR:
+        worse = []
+        for split, seen in (("retain-test", False), ("retain-train", True)):
+            ids = reference.whole.splits.get(split, torch.empty(0))
+            if len(ids) < FEWEST:
+                return None
+            columns = made.columns(split, ids)
+            rows = made.masks[:, columns] == seen
+            theirs = (made.odds[:, columns].double() * rows).sum(1) / rows.sum(1).clamp_min(1)
+            own = float(odds(reference.whole, split).mean())
+            far = (float(theirs.mean()) - own) / (float(theirs.std()) or 1e-12)
+            worse.append(own < float(theirs.min()) and far > FAR)
+        if all(worse):
             return (
-                "a reference is far worse on unseen data than models of the recipe trained on half "
-                "as many samples: it is from another recipe"
+                "a reference is far worse, on its training data and on unseen data, than models of the "
+                "recipe trained on half as many samples: it is from another recipe"
             )
     return None
 

@@ -86,14 +86,14 @@ def test_the_population_is_apart_from_the_non_members(world):
     def parts(request, who):
         (s,) = w.subjects(w.logits(), request=request)
         at, population = parted(s, ground(s, [], who, 4, Runtime()), Runtime())
-        return s, at.places, population
+        return at.places, population
 
     for who in ("matched", "test"):
-        s, places, population = parts(Request(ids=tuple(range(60))), who)
+        places, population = parts(Request(ids=tuple(range(60))), who)
         mine, others = (set(p["retain-test"].tolist()) for p in (places, population))
         assert not mine & others and len(mine) >= 80 and len(others) >= 80
     # a class: the population are samples of it, not of the classes that are kept
-    s, places, population = parts(Request(label=1), "matched")
+    places, population = parts(Request(label=1), "matched")
     assert set(places) == set(population) == {"forget-test"}
     assert abs(len(places["forget-test"]) - len(population["forget-test"])) <= 1
 

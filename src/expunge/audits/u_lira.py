@@ -235,9 +235,10 @@ class ULiRA(Audit):
         reference = {"reason": f"retrained models: {theirs}"} if isinstance(theirs, str) else None
         per_sample = {"separation": own.separation}
         raw, low, high, design = auc_of(own)
+        ends = {"auc_low": low, "auc_high": high}
         value, low, high = two_sided(raw, low, high)
         curve = roc(own.positive, own.negative)
-        detail: dict[str, Any] = {"auc": raw, "roc": curve, **facts}
+        detail: dict[str, Any] = {"auc": raw, **ends, "roc": curve, **facts}
         others: list[float] = []
         if not isinstance(theirs, str):
             there = auc_of(theirs)[0]

@@ -96,7 +96,7 @@ def test_deviations_are_numbered_on_the_page(kind, name):
 def test_every_page_belongs_to_something_registered():
     for kind, registry in (("methods", methods), ("audits", audits)):
         there = {p.stem for p in (ROOT / "docs" / kind).glob("*.md")}
-        assert there == set(registry)
+        assert there - {"calibration"} == set(registry)  # a page about several audits
 
 
 def test_readme_lists_every_method_and_audit():

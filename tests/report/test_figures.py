@@ -11,6 +11,7 @@ import pytest
 from report_data import CLASS, LAYERS, make_data
 
 from expunge.report import figures
+from expunge.report.roc import roc_curves
 from expunge.report.svg import Plot, linear, short, text_width, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -190,3 +191,32 @@ def test_texts_in_figures_are_escaped():
     for figure in figures.all_figures(one):
         for root in svgs(figure):
             assert root.find(f".//{SVG}b") is None
+
+
+def with_curve(one, name, **curve):
+    finding = {"value": 0.9, "reference": 0.5, "direction": "reference", "detail": {"roc": curve}}
+    rows = [{**row, "findings": {**row["findings"], name: finding}} for row in one["rows"][:3]]
+    return {**one, "rows": rows}
+
+
+def test_roc_curves_have_logarithmic_axes(one):
+    curve = {"fpr": [0.01, 0.1, 1.0], "tpr": [0.1, 0.0, 1.0], "reference_tpr": [0.01, 0.1, 1.0], "side": "other"}  # fmt: skip
+    figure = roc_curves(with_curve(one, "lira/auc-online", **curve))
+    assert figure.title in [f.title for f in figures.all_figures(with_curve(one, "u-lira/auc", **curve))]  # fmt: skip
+    root = svgs(figure)[-1]
+    lines = {e.get("class"): e.get("points").split() for e in root.iter(f"{SVG}polyline")}
+    own, theirs, chance = (
+        [tuple(map(float, p.split(","))) for p in lines[f"line {s}"]] for s in ("forget", "dashed", "nonmember")
+    )  # fmt: skip
+    assert own[1][0] - own[0][0] == pytest.approx(own[2][0] - own[1][0], abs=0.2)
+    assert theirs[0] == chance[0] and theirs[2] == chance[1]  # on the diagonal
+    assert own[0][1] == theirs[1][1]  # 0.1 is 0.1
+    assert own[1][1] == chance[0][1]  # nothing found lies at the lower edge
+    assert "look less like training data" in root.find(f"{SVG}desc").text
+    assert "the original" not in [words for _, words in figure.legend]
+
+
+def test_no_curve_no_figure(one):
+    assert roc_curves(one) is None
+    assert roc_curves(with_curve(one, "lira/auc-online", fpr=[0.1], tpr=[0.2])) is None
+    assert roc_curves(with_curve(one, "lira/auc-online", fpr=[0.1, 1], tpr=[0.2, math.nan])) is None  # fmt: skip

@@ -14,6 +14,9 @@ registry = Registry(
         "divergence": "expunge.audits.divergence:Divergence",
         "membership": "expunge.audits.membership:Membership",
         "privacy-score": "expunge.audits.privacy_score:PrivacyScore",
+        "lira": "expunge.audits.lira:LiRA",
+        "rmia": "expunge.audits.rmia:RMIA",
+        "u-lira": "expunge.audits.u_lira:ULiRA",
         "cka": "expunge.audits.cka:CKA",
         "weight-distance": "expunge.audits.weight_distance:WeightDistance",
         "norm-statistics": "expunge.audits.norm_statistics:NormStatistics",
@@ -39,6 +42,9 @@ registry = Registry(
 )
 
 ASKED_FOR = (
+    "lira",
+    "rmia",
+    "u-lira",
     "relearn-time",
     "recovery",
     "extraction-likelihood",
@@ -47,7 +53,7 @@ ASKED_FOR = (
     "ches",
     "klom",
 )
-"""Audits that train the model anew, ask it many times over, want many models, or are about pairs of answers
+"""Audits that train models anew, ask one many times over, want many models, or are about pairs of answers
 that a method is to be given, and so run only when they are named."""
 SUITES = {
     "standard": tuple(name for name in registry if name not in ASKED_FOR),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from expunge.audits._intervals import Z95, auc, auc_interval, two_sided
 from expunge.audits._splits import FEWEST
 from expunge.core.audit import Finding, Subject, against
+from expunge.core.data import Data
+from expunge.core.hashing import hash_tensors
 from expunge.core.runtime import Runtime
 
 Places = dict[str, Tensor]
@@ -41,6 +44,12 @@ def nonmembers(
         Positions by split and a description, or None and the reason.
     """
     splits = [s for s in ("forget-test", "retain-test") if len(subject.splits[s])]
+    shared = also_to_forget(subject)
+    if shared:
+        return None, (
+            f"{shared} of the test samples {'is' if shared == 1 else 'are'} among the samples to "
+            "forget: take them out of the test data"
+        )
     if how == "test":
         return {s: torch.arange(len(subject.splits[s])) for s in splits}, "all test samples"
     wanted = strata(subject.labels("forget-train")).bincount()
@@ -76,29 +85,40 @@ def nonmembers(
     return places, f"{len(chosen)} test samples with the forget set's {stratum} shares"
 
 
-def overlap(subject: Subject, places: Places) -> str | None:
-    """Why the non-members cannot stand for samples never seen: some are records to forget. None if not.
+def also_to_forget(subject: Subject) -> int:
+    """How many test inputs equal, bit for bit, one to forget: no model has not seen them.
 
-    Inputs are compared bit by bit; inputs that are not one tensor cannot be and are let through.
+    Looked at once a request and kept with the problem.
     """
+    problem, whole = subject.problem, subject.whole
+    memory: dict[str, int] = problem.__dict__.setdefault("_shared_inputs", {})
+    if problem.test is None:
+        return 0
+    key = hash_tensors({"forget": whole.splits["forget-train"]})
+    key += problem.train.fingerprint() + problem.test.fingerprint()
+    if key not in memory:
+        # padding of texts depends on the others in a batch
+        size = 1 if problem.kind == "causal-lm" else 256
+        forget = set(_inputs(problem.train, whole.splits["forget-train"], size))
+        memory[key] = sum(x in forget for x in _inputs(problem.test, problem.test.ids, size))
+    return memory[key]
 
-    def rows(split: str, at: Tensor | None = None) -> list[bytes]:
-        ids = subject.splits[split] if at is None else subject.splits[split][at]
-        found = []
-        for batch in subject.data_of(split).batches(1024, ids):
-            if not isinstance(batch.x, Tensor):
-                return []
-            found += [row.numpy().tobytes() for row in batch.x.cpu()]
-        return found
 
-    forgotten = set(rows("forget-train"))
-    same = sum(row in forgotten for split, at in places.items() for row in rows(split, at))
-    if not same:
-        return None
-    return (
-        f"{same} of the samples taken for unseen are records to forget; "
-        "give test data that shares none with the training data"
-    )
+def _inputs(data: Data, ids: Tensor, size: int) -> Iterator[bytes]:
+    """A digest of each input."""
+    for batch in data.batches(size, ids):
+        parts = [batch.x] if isinstance(batch.x, Tensor) else list(batch.x.values())
+        rows = [p.cpu().contiguous().flatten(1) if p.ndim > 1 else p.cpu()[:, None] for p in parts]
+        for n in range(len(batch)):
+            yield hashlib.sha256(
+                b"".join(r[n].contiguous().view(torch.uint8).numpy().tobytes() for r in rows)
+            ).digest()
+
+
+def constant(*groups: np.ndarray) -> str | None:
+    """Why scores tell no sample from another, or None."""
+    values = np.concatenate(groups)
+    return "all samples have the same score" if np.ptp(values) == 0 else None
 
 
 def _plural(word: str) -> str:
@@ -135,6 +155,9 @@ def auc_finding(
         The finding; the unfolded AUCs, 1 = the forget samples look like members, are in its detail.
     """
     forget, out = sides(score, subject, places)
+    why = constant(forget, out)
+    if why:
+        return Finding(name, None, reason=why)
     raw, (low, high) = auc(forget, out), auc_interval(forget, out)
     value, folded_low, folded_high = two_sided(raw, low, high)
     theirs = [auc(*sides(score, r, places)) for r in references]

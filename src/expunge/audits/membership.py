@@ -16,6 +16,7 @@ from expunge.audits._members import (
     Places,
     attack_accuracy,
     auc_finding,
+    constant,
     efficacy,
     nonmembers,
     sides,
@@ -161,6 +162,9 @@ def _attack(
         forget, out = sides(partial(_score, "loss"), s, places)
         return attack_accuracy(-forget, -out, runtime.generator("membership", "attack-accuracy"))
 
+    why = constant(*sides(partial(_score, "loss"), subject, places))
+    if why:
+        return _none("attack-accuracy", why)
     raw = attack(subject)
     value, low, high = two_sided(*raw)
     before, *_ = attack(subject.original())

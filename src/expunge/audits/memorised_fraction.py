@@ -12,7 +12,7 @@ import torch
 from expunge.audits._calibration import Calibration, by_halves, by_references
 from expunge.audits._density import Array
 from expunge.audits._intervals import wilson
-from expunge.audits._members import Places, best_threshold, nonmembers, overlap
+from expunge.audits._members import Places, best_threshold, nonmembers
 from expunge.audits._mixture import ONE_SIDED, TWO_SIDED, Mixture, Population
 from expunge.audits._mixture_checks import (
     Bootstrap,
@@ -139,7 +139,7 @@ class MemorisedFraction(Audit):
         how = ""
         if not why:
             places, how = nonmembers(subject, self.nonmembers, runtime)
-            why = how if places is None else overlap(subject, places)
+            why = how if places is None else None
         if why or places is None:
             return [self._none(what, why) for what in WHATS]
         try:

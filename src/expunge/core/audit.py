@@ -92,6 +92,7 @@ class Subject:
         self.cost = cost if outcome is None else outcome.cost
         self.outcome = outcome
         self.siblings = tuple(siblings)
+        self.store: Any = None  # where audits keep what serves other subjects too, if anywhere
         self._outputs: dict[tuple[str, str], Tensor] = {}
         self._whole: Subject | None = None
         self._within = torch.empty(0, dtype=torch.long)

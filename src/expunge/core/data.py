@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from expunge.core.errors import DataError, RequestError
 from expunge.core.hashing import hash_tensors
@@ -286,6 +286,13 @@ class Data:
         )  # fmt: skip
         return Data(source, **self._kept(places))
 
+    def joined(self, other: Data) -> Data:
+        """Return these samples and then another's as one, under new ids 0, 1, …, without columns."""
+        if self._dataset is None and other._dataset is None:
+            both = self.fetch(self.ids).joined(other.fetch(other.ids))
+            return Data((both.x, both.y))
+        return Data(ConcatDataset([_Samples(self), _Samples(other)]))
+
     def _kept(self, places: Tensor) -> dict[str, Any]:
         """Ids, names and columns at some positions, as arguments."""
         return {
@@ -326,6 +333,20 @@ class Data:
         item = self._dataset[position]  # type: ignore[index]
         x, y = (*item, None)[:2] if isinstance(item, (tuple, list)) else (item, None)
         return _tensors(x), y
+
+
+class _Samples(Dataset[Any]):
+    """Data of any kind by position, read when it is asked for."""
+
+    def __init__(self, data: Data) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, position: int) -> tuple[Any, Any]:
+        one = self._data.fetch(self._data.ids[position : position + 1])
+        return map_inputs(one.x, lambda t: t[0]), None if one.y is None else one.y[0]
 
 
 def _tensors(x: Any) -> Any:

@@ -28,6 +28,12 @@ _SPLITS = {
     "forget-test": "test samples of what is to be forgotten",
     "retain-test": "all other test samples",
 }
+_TOWARD = "Toward the reference: the same attack on retrained models."
+_SHADOW = {
+    "lira": "How well a likelihood-ratio attack with shadow models tells forgotten from unseen samples",
+    "rmia": "How well an attack with shadow models and a population tells forgotten from unseen samples",
+    "u-lira": "How well models that unlearned a sample with this method are told from models that never saw it",
+}
 _RANGE = {**_SPLITS, "forget-test": "test samples with targets that are to be forgotten"}
 _SPLIT_LABELS = {
     "forget-train": "forget, train",
@@ -90,6 +96,23 @@ def _known() -> dict[str, Explanation]:
         "Balanced accuracy of an attacker fitted to tell forgotten from unseen samples by their loss, ½ to 1.",
         "Toward the reference.",
     )
+    for audit, what in _SHADOW.items():
+        for variant in ("-online", "-offline") if audit != "u-lira" else ("",):
+            label = f"{audit}{variant.replace('-', ' ')}"
+            found[f"{audit}/auc{variant}"] = Explanation(
+                f"AUC, {label}", f"{what}: two-sided AUC, ½ (not at all) to 1 (perfectly).", _TOWARD
+            )
+            found[f"{audit}/balanced-accuracy{variant}"] = Explanation(
+                f"balanced accuracy, {label}",
+                f"{what}: balanced accuracy at the attack's own threshold, ½ to 1.",
+                _TOWARD,
+            )
+            for rate, percent in (("0.1", "10"), ("0.01", "1"), ("0.001", "0.1")):
+                found[f"{audit}/tpr{variant}-at-{rate}"] = Explanation(
+                    f"found at {percent} % false alarms, {label}",
+                    f"{what}: share of the forgotten samples called while {percent} % of the samples never seen are, half of them for looking too much and half for looking too little like training data, 0 to 1.",
+                    _TOWARD,
+                )
     for kind, words in (("mae", "Mean absolute error"), ("rmse", "Root mean squared error")):
         for split, what in _RANGE.items():
             found[f"regression-error/{kind}-{split}"] = Explanation(

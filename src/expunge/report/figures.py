@@ -38,8 +38,10 @@ class Figure:
 
 def all_figures(comparison: Comparison) -> list[Figure]:
     """Every figure that the comparison has findings for."""
+    from expunge.report.roc import roc_curves  # which makes figures too
+
     makers: tuple[Callable[[Comparison], Figure | None], ...] = (
-        quality_cost, per_class, membership, cka, curves, matrices,
+        quality_cost, per_class, membership, roc_curves, cka, curves, matrices,
     )  # fmt: skip
     return [figure for maker in makers if (figure := maker(comparison)) is not None]
 

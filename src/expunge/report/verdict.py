@@ -49,7 +49,7 @@ FLOOR, FLOOR_MEMBERSHIP = 0.02, 0.03
 """Gaps too small to matter, for accuracies and for AUCs."""
 ERRORS = "regression-error/"
 """Findings in which more is worse."""
-MEMBERSHIP = ("membership/", "residual-membership/")
+MEMBERSHIP = ("membership/", "residual-membership/", "lira/", "rmia/", "u-lira/")
 _SLACK = 1e-9  # 0.94 − 0.92 is a little more than 0.02 in binary
 
 
@@ -325,7 +325,8 @@ def _toward(name: str, finding: Mapping[str, Any], value: float, reference: floa
 
 def _side(name: str, signed: bool, toward: float | None, allowed: float) -> int:
     """Where memory lies from the reference: +1 above, −1 below, 0 unknown."""
-    aucs = ("membership/auc-", "membership/attack", "residual-membership/auc")
+    shadow = ("lira/", "rmia/", "u-lira/")  # rates look into both tails
+    aucs = ("membership/auc-", "membership/attack", "residual-membership/auc", *shadow)
     folded = name.startswith(aucs) and not signed
     if folded:
         return 0

@@ -336,6 +336,7 @@ class Bench:
             self._on_job(label, key, True, found.id)
             return self.store.findings(found.id)
         runtime = replace(self.runtime, seed=0)
+        subject.store = self.store
         findings = run_audits(subject, [s for _, s in references], chosen, runtime, strata)
         stored = self.store.put_findings(
             run, findings, key=key, parents=[r.run for r, _ in references]

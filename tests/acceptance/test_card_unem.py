@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 from _results import must_be_seen, write
-from _tricks import masked
+from _tricks import mask
 from torch import nn
 
 import expunge as xp
@@ -48,7 +48,7 @@ def models(of: xp.Classification, request: xp.Request, seed: int) -> dict[str, n
     finetune = xp.methods.FineTune(epochs=10, lr=0.1, batch_size=64)
     return {
         "original": of.model,
-        "masked": masked(of.model, "4", 9),
+        "masked": mask(copy.deepcopy(of.model), "4", [9]),
         "relabel": xp.unlearn(of, request, relabel, runtime=runtime).model,
         "finetune": xp.unlearn(of, request, finetune, runtime=runtime).model,
         "retrained": of.recipe(of.train.without(request.resolve(of.train)), 1000 + seed),

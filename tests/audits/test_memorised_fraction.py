@@ -175,7 +175,10 @@ def test_records_to_forget_among_the_unseen_are_refused():
     p = xp.Classification(torch.nn.Linear(4, 2), (x, y), test)
     s = Subject(p.model, p, Request(ids=tuple(range(40))), Runtime())
     found = MemorisedFraction(nonmembers="test", **QUICK).run(s, [], Runtime())
-    assert all(f.value is None and "30 of the samples taken for unseen" in f.reason for f in found)
+    assert all(
+        f.value is None and "30 of the test samples are among the samples to forget" in f.reason
+        for f in found
+    )
 
 
 def test_without_test_data_or_with_nan_there_is_a_reason(tables, made):

@@ -8,6 +8,7 @@ from torch import nn
 import expunge as xp
 from expunge.audits.relearn_time import RelearnTime
 from expunge.core.hashing import hash_model
+from expunge.core.view import Source
 
 REQUEST = xp.Request(where="y > 4")
 QUICK = {"batch_size": 20, "lr": 0.05, "repeats": 1, "alpha": 0.5}
@@ -117,3 +118,33 @@ def test_a_classifier_relearns_by_its_accuracy(digits, threes, digits_reference)
     found = run(original, [retrained], batch_size=256, lr=0.003)
     assert found["updates"].value == 1 < found["updates"].reference
     assert found["ain"].value < 1
+
+
+def test_the_curve_ends_where_the_count_does():
+    _, blank = subjects()
+    found = run(blank, [blank], on="all")["updates"]
+    curve = found.detail["curve"]
+    assert len(curve) == found.value + 1 == found.detail["samples"] / 20 + 1
+    assert curve[-1] < min(curve[:-1])
+    assert found.detail["reference_curves"] == [curve]
+    assert len(found.detail["original_curve"]) == 1  # good enough before any update
+    again = run(blank, [blank], on="all")["updates"]
+    assert again.detail["curve"] == curve
+
+
+def test_what_it_relearns_from_is_a_choice(monkeypatch):
+    from expunge.audits import relearn_time
+
+    seen = []
+    monkeypatch.setattr(
+        relearn_time, "Source", lambda data, ids, *a: seen.append(ids) or Source(data, ids, *a)
+    )
+    _, blank = subjects()
+    splits = blank.splits
+    for on, ids in (
+        ("forget", splits["forget-train"]),
+        ("kept", splits["retain-train"]),
+        ("all", blank.problem.train.ids),
+    ):
+        run(blank, [blank], on=on, cap=3)
+        assert torch.equal(seen[-1], ids)

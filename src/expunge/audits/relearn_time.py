@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,7 +39,9 @@ class RelearnTime(Audit):
     counts as `cap`, and `capped` in the detail says so: the index is then at least the value given, or
     at most that if it is references that did not get there; with both there is none. The error is the task loss; for classifiers
     one minus the accuracy would be 0 for a good original, so there the accuracy has to reach
-    \((1-\alpha)\) of the original's.
+    \((1-\alpha)\) of the original's. `on=forget` relearns from the forgotten samples alone and `on=kept` from
+    kept ones alone, which hold nothing of what was forgotten; a model that gets there all the same had
+    kept it. The detail of `updates` has the error (for classifiers the accuracy) after each update.
     """
 
     name: ClassVar[str] = "relearn-time"
@@ -71,6 +73,7 @@ class RelearnTime(Audit):
     alpha: float = setting(0.05, "tolerance over the original's error, α", low=0, source="official code")  # fmt: skip
     lr: float = setting(0.01, "learning rate of Adam; the index depends on it", above=0, source="official code")  # fmt: skip
     batch_size: int = setting(256, "samples an update; the index depends on it", low=1, source="official code")  # fmt: skip
+    on: Literal["all", "forget", "kept"] = setting("all", "what it learns from: all training data, what was forgotten, or the rest", source="official code: all")  # fmt: skip
     cap: int = setting(300, "largest number of updates", low=1)
     repeats: int = setting(5, "orders of the batches; the median of their counts is taken", low=1)
 
@@ -104,6 +107,12 @@ class RelearnTime(Audit):
             "cap": self.cap,
             "lr": self.lr,
             "batch_size": self.batch_size,
+            "on": self.on,
+            "samples": mine * self.batch_size,
+            "accuracy": subject.problem.kind == "classification",
+            "curve": self._curve(subject),
+            "original_curve": self._curve(subject.original()),
+            "reference_curves": [self._curve(r) for r in references],
         }
         if not theirs:
             why = "no retrained reference to compare with"
@@ -144,23 +153,38 @@ class RelearnTime(Audit):
         key = (*self.in_force().items(), split, runtime.seed)
         if key not in kept:
             good = _good_enough(subject, split, self.alpha)
-            counts = [self._count(subject, good, runtime, n) for n in range(self.repeats)]
+            counts = []
+            for n in range(self.repeats):
+                counts.append(self._count(subject, good, runtime, n))
+                if not n:
+                    curves = subject.__dict__.setdefault("_relearning_curves", {})
+                    curves[self._key()] = list(good.seen)
             failed = next((c for c in counts if isinstance(c, str)), None)
             kept[key] = failed or float(np.median([c for c in counts if not isinstance(c, str)]))
         return kept[key]
 
-    def _count(
-        self, subject: Subject, good: Callable[[nn.Module], bool], runtime: Runtime, order: int
-    ) -> int | str:
+    def _key(self) -> tuple[Any, ...]:
+        """What a curve that is kept with a subject belongs to."""
+        return tuple(self.in_force().items())
+
+    def _curve(self, subject: Subject) -> list[float]:
+        curves: dict[Any, list[float]] = subject.__dict__.get("_relearning_curves", {})
+        return curves.get(self._key(), [])
+
+    def _count(self, subject: Subject, good: _Goal, runtime: Runtime, order: int) -> int | str:
         problem = subject.problem
         # the same weights relearn, whether a method moved them or put adapters beside them
         model = plain(copy.deepcopy(subject.model)).requires_grad_(True)
+        good.seen.clear()
         if good(model):
             return 1
         inner = replace(
             runtime, device=subject.runtime.device, checkpoint=None, alone=True, cost=Cost()
         )
-        source = Source(problem.train, problem.train.ids, True, inner)
+        ids = problem.train.ids
+        if self.on != "all":
+            ids = subject.whole.splits[f"{'forget' if self.on == 'forget' else 'retain'}-train"]
+        source = Source(problem.train, ids, True, inner)
         per_epoch = math.ceil(len(source) / self.batch_size)
         done = 0
 
@@ -193,29 +217,40 @@ class _Reached(Exception):
     """The error is low enough, or the cap is reached."""
 
 
-def _good_enough(subject: Subject, split: str, alpha: float) -> Callable[[nn.Module], bool]:
+def _good_enough(subject: Subject, split: str, alpha: float) -> _Goal:
     """Whether a model is within α of the original on a split."""
-    problem, device = subject.problem, subject.runtime.device
-    data, ids = subject.data_of(split), subject.splits[split]
-    batches = [batch.to(device) for batch in data.batches(HELD, ids)]
-    original = subject.original().model
+    return _Goal(subject, split, alpha)
 
-    def error(model: nn.Module) -> float:
-        training = model.training
+
+class _Goal:
+    """The error on a split that is to be reached.
+
+    Attributes:
+        seen: errors of the models that were asked about; for classifiers their accuracies.
+    """
+
+    def __init__(self, subject: Subject, split: str, alpha: float) -> None:
+        device, data = subject.runtime.device, subject.data_of(split)
+        self.problem, self.seen = subject.problem, list[float]()
+        self.batches = [batch.to(device) for batch in data.batches(HELD, subject.splits[split])]
+        before = self.error(subject.original().model)
+        # accuracies are negative errors here: within α of them is (1 − α) times as much
+        self.allowed = before * (1 + alpha) if before > 0 else before * (1 - alpha)
+
+    def __call__(self, model: nn.Module) -> bool:
+        error = self.error(model)
+        self.seen.append(-error if self.problem.kind == "classification" else error)
+        return error <= self.allowed
+
+    def error(self, model: nn.Module) -> float:
+        """Mean error; the model's modes are restored."""
         inner = [(m, m.training) for m in model.modules()]
         model.eval()
         with torch.no_grad():
-            each = torch.cat([_errors(problem, model, batch) for batch in batches])
-            found = float(each.mean())
+            each = torch.cat([_errors(self.problem, model, batch) for batch in self.batches])
         for module, was in inner:
             module.training = was
-        model.training = training
-        return found
-
-    before = error(original)
-    # accuracies are negative errors here: within α of them is (1 − α) times as much
-    allowed = before * (1 + alpha) if before > 0 else before * (1 - alpha)
-    return lambda model: error(model) <= allowed
+        return float(each.mean())
 
 
 def _errors(problem: Problem, model: nn.Module, batch: Batch) -> Tensor:

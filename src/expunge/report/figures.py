@@ -38,10 +38,12 @@ class Figure:
 
 def all_figures(comparison: Comparison) -> list[Figure]:
     """Every figure that the comparison has findings for."""
-    from expunge.report.roc import roc_curves  # which makes figures too
+    from expunge.report import evidence  # which make figures too
+    from expunge.report.roc import roc_curves
 
     makers: tuple[Callable[[Comparison], Figure | None], ...] = (
-        quality_cost, per_class, membership, roc_curves, cka, curves, matrices,
+        quality_cost, per_class, evidence.memorised, membership, roc_curves, evidence.margins,
+        evidence.recovery, evidence.relearning, cka, curves, matrices,
     )  # fmt: skip
     return [figure for maker in makers if (figure := maker(comparison)) is not None]
 

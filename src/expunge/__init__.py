@@ -44,6 +44,7 @@ _PUBLIC = {
     "UserError": "expunge.core.errors",
     "View": "expunge.core.view",
     "audit": "expunge.suite.compare",
+    "audit_model": "expunge.suite.foreign",
     "compare": "expunge.suite.compare",
     "difficulty": "expunge.fleet.difficulty",
     "encode": "expunge.problems.encoding",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from expunge.problems.tokens import TokenData
     from expunge.store import Store
     from expunge.suite.compare import Comparison, audit, compare
+    from expunge.suite.foreign import audit_model
     from expunge.suite.sequence import unlearn_sequence
     from expunge.suite.suggest import suggest
     from expunge.suite.tune import tune

@@ -10,13 +10,11 @@ import typer
 
 from expunge.cli.common import (
     Device,
-    Engine,
     Json,
     RecipePath,
     Seed,
     Settings,
     StoreOption,
-    Threads,
     is_main,
     method_specs,
     print_json,
@@ -107,47 +105,105 @@ def unlearn(
     )
 
 
+@with_inputs
 def audit(
-    run: Annotated[str, typer.Argument(help="Run id or prefix (of an unlearning run).")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="Run id or prefix of an unlearning run; with --against, a model on disk.",
+            metavar="RUN|MODEL",
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            help="Audit a model that somebody else unlearned: a workload's name, or the original "
+            "model, with --data; say what was forgotten by --label, --forget, ….",
+        ),
+    ] = None,
     audits: Audits = "standard",
     references: References = 3,
     strata: StrataOption = None,
-    recipe: RecipePath = None,
-    device: Device = "cpu",
-    threads: Threads = None,
-    engine: Engine = None,
-    store: StoreOption = None,
-    as_json: Json = False,
+    *,
+    inputs: Inputs,
 ) -> None:
-    """Audit a stored run's released weights against retrained references."""
+    """Audit released weights against retrained references: a stored run's, or a model on disk.
+
+    Nothing is believed of a model on disk but its weights: a .safetensors file, a folder of
+    transformers, or one that unlearn --out wrote.
+    """
+    from expunge.suite.bench import check_strata
+
+    if strata is not None:
+        check_strata(strata)
+    findings, name = (
+        _audit_run(run, audits, references, strata, inputs)
+        if against is None
+        else _audit_artefact(run, against, audits, references, strata, inputs)
+    )
+    if inputs.as_json:
+        print_json({"run": name, "findings": {f.name: _shown(f) for f in findings}})
+        return
+    rows = [[f.name, _number(f.value), _number(f.reference), _number(f.gap), _interval(f), f.reason or ""] for f in findings]  # fmt: skip
+    title = f"run {name}" if against is None else f"{name}, against {against}"
+    print_table(title, ["finding", "value", "reference", "gap", "95 %", "reason"], rows)
+
+
+def _audit_run(
+    run: str, audits: str, references: int, strata: str | None, inputs: Inputs
+) -> tuple[list[Finding], str]:
     from expunge.cli.common import imported
     from expunge.core.errors import UserError
     from expunge.core.request import Request
     from expunge.store import Store
-    from expunge.suite.bench import Bench, check_strata
     from expunge.suite.compare import audit as run_audit
     from expunge.suite.reproduce import problem_of
 
-    if strata is not None:
-        check_strata(strata)
-    opened = Store.open(store)
-    found = opened.get(run)
+    given = [n for n in ("workload", "model", "data", "test", "forget", "retain", "label", "ids", "where", "fraction", "prune") if getattr(inputs, n)]  # fmt: skip
+    if given:
+        raise UserError(
+            f"--{given[0]} belongs to a model on disk; a run has its problem and request in its record. "
+            "Say --against for a model on disk"
+        )
+    found = Store.open(inputs.store).get(run)
     if found.kind != "unlearn":
         raise UserError(f"run {found.id} is of kind {found.kind}; audit takes an unlearning run")
-    with make_runtime(device, threads=threads, engine=engine) as runtime:
-        bench = Bench(opened, runtime)
-        problem = problem_of(found.record, bench, imported(recipe) if recipe else None)
+    with inputs.bench() as bench:
+        recipe = imported(inputs.recipe) if inputs.recipe else None
+        problem = problem_of(found.record, bench, recipe)
         request = Request.from_dict(found.record["request"])
         outcome = bench.stored_outcome(found, problem, request)
         findings = run_audit(
-            outcome, _audits(audits), references=references, strata=strata, store=opened,
-            runtime=runtime, run=found.id,
+            outcome, _audits(audits), references=references, strata=strata, store=bench.store,
+            runtime=bench.runtime, run=found.id,
         )  # fmt: skip
-    if as_json:
-        print_json({"run": found.id, "findings": {f.name: _shown(f) for f in findings}})
-        return
-    rows = [[f.name, _number(f.value), _number(f.reference), _number(f.gap), _interval(f), f.reason or ""] for f in findings]  # fmt: skip
-    print_table(f"run {found.id}", ["finding", "value", "reference", "gap", "95 %", "reason"], rows)
+    return findings, found.id
+
+
+def _audit_artefact(
+    model: str, against: str, audits: str, references: int, strata: str | None, inputs: Inputs
+) -> tuple[list[Finding], str]:
+    from dataclasses import replace
+
+    from expunge.core.errors import UserError
+    from expunge.suite.foreign import audit_model
+    from expunge.workloads import registry
+
+    if inputs.workload is not None or inputs.model is not None:
+        raise UserError("--against names the problem; leave --workload and --model out")
+    bundled = against in list(registry) and inputs.data is None
+    inputs = (
+        replace(inputs, workload=against) if bundled else replace(inputs, model=against)
+    )  # fmt: skip
+    with inputs.bench() as bench:
+        request = inputs.request()
+        problem = inputs.problem(bench)
+        findings = audit_model(
+            model, problem, request, _audits(audits), references=references, strata=strata,
+            store=bench.store, runtime=bench.runtime,
+        )  # fmt: skip
+    return findings, model
 
 
 @with_inputs

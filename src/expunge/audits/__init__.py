@@ -14,6 +14,7 @@ registry = Registry(
         "divergence": "expunge.audits.divergence:Divergence",
         "membership": "expunge.audits.membership:Membership",
         "privacy-score": "expunge.audits.privacy_score:PrivacyScore",
+        "corrective": "expunge.audits.corrective:Corrective",
         "lira": "expunge.audits.lira:LiRA",
         "rmia": "expunge.audits.rmia:RMIA",
         "u-lira": "expunge.audits.u_lira:ULiRA",
@@ -42,6 +43,7 @@ registry = Registry(
 )
 
 ASKED_FOR = (
+    "corrective",
     "lira",
     "rmia",
     "u-lira",
@@ -53,8 +55,8 @@ ASKED_FOR = (
     "ches",
     "klom",
 )
-"""Audits that train models anew, ask one many times over, want many models, or are about pairs of answers
-that a method is to be given, and so run only when they are named."""
+"""Audits that train models anew, ask one many times over, want many models, are about pairs of answers
+that a method is to be given or about data that was manipulated, and so run only when they are named."""
 SUITES = {
     "standard": tuple(name for name in registry if name not in ASKED_FOR),
     "quick": ("accuracy", "regression-error", "memorisation", "cost"),

@@ -185,6 +185,16 @@ def _known() -> dict[str, Explanation]:
         "Updates to relearn over those of retrained models: far below 1 the information is still there, far above 1 it was pushed away.",
         "Toward 1.",
     )
+    for what, words in (
+        ("affected", "Accuracy with true labels where manipulated training data made the model wrong"),
+        ("rest", "Accuracy with true labels everywhere else"),
+        ("still-wrong", "Share of the known manipulated samples still called by the label they were given"),
+    ):  # fmt: skip
+        found[f"corrective/{what}"] = Explanation(
+            f"corrected, {what.replace('-', ' ')}",
+            f"{words}, 0 to 1.",
+            "Down." if what == "still-wrong" else "Up; a model retrained without the known part is not the goal.",
+        )  # fmt: skip
     for side, queries in (("forget", "forgotten"), ("retain", "kept")):
         for end, how in (
             ("", "a few-shot classifier"),

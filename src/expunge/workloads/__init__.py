@@ -13,6 +13,8 @@ registry = Registry(
         "mnist-mislabelled": "expunge.workloads.mislabelled:mnist_mislabelled",
         "diabetes-range": "expunge.workloads.diabetes:diabetes_range",
         "digits-range": "expunge.workloads.digits_range:digits_range",
+        "digits-poison": "expunge.workloads.corrupted:digits_poison",
+        "digits-confusion": "expunge.workloads.corrupted:digits_confusion",
         "tinyfacts": "expunge.workloads.tinyfacts:tinyfacts",
         "tinyfacts-quick": "expunge.workloads.tinyfacts:tinyfacts_quick",
         "authors": "expunge.workloads.open_data:authors",

@@ -155,6 +155,12 @@ def test_the_curve_asks_for_growing_parts(tmp_path):
     forgotten = sorted(r.record["forgotten"] for r in bench.store.runs(kind="unlearn"))
     assert forgotten == [6, 60]
     assert identified_picture(rows).count("<polyline") == 3
+    idle = {"name": "ssd", "alpha": 199.0}
+    rows = identified_curve(problem, [idle, tuned], (0.1,), bench=bench)
+    ssd = next(r for r in rows if r["method"] == "ssd")
+    before = next(r for r in rows if r["method"] == "original")
+    assert ssd["unchanged"] and ssd["affected"] == before["affected"]
+    assert not next(r for r in rows if r["method"] == "finetune")["unchanged"]
     plain = Classification(DigitsCNN(), clean(), splits.test)
     with pytest.raises(NeedsError, match="manipulated"):
         identified_curve(plain, [tuned], bench=bench)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expunge.audits.corrective import Corrective
-from expunge.core.errors import NeedsError
+from expunge.core.errors import NeedsError, UnchangedError
 from expunge.core.problem import Problem
 from expunge.suite.bench import Bench
-from expunge.suite.compare import MethodSpec, compare
+from expunge.suite.compare import Comparison, MethodSpec, compare
 from expunge.workloads.corrupted import found
 
 
@@ -33,7 +33,8 @@ def identified_curve(
         bench: where work is kept and looked up.
 
     Returns:
-        Rows `{share, method, seed, affected, rest, still-wrong}`; values as in `corrective`.
+        Rows `{share, method, seed, unchanged, affected, rest, still-wrong}`; values as in `corrective`,
+        those of the original where a method had no effect (`unchanged`).
 
     Raises:
         NeedsError: the training data does not say what was manipulated.
@@ -43,11 +44,24 @@ def identified_curve(
     count = int(problem.train.columns["manipulated"].max())
     rows = []
     for share in shares:
-        done = compare(
-            problem, found(share, count), methods, seeds=seeds, references=references,
-            audits=[Corrective()], bench=bench,
-        )  # fmt: skip
-        for row in done.data["comparisons"][0]["rows"]:
-            values = {n.removeprefix("corrective/"): f["value"] for n, f in row["findings"].items()}
-            rows.append({"share": share, "method": row["method"], "seed": row["seed"], **values})
+        request = found(share, count)
+        settings: Any = {"references": references, "audits": [Corrective()], "bench": bench}
+        beside = _rows(compare(problem, request, [], seeds=seeds, **settings), share)
+        rows += beside
+        for method in methods:
+            try:
+                done = _rows(compare(problem, request, [method], seeds=seeds, **settings), share)
+                rows += [r for r in done if r["method"] not in ("original", "retrain")]
+            except UnchangedError:  # so few samples can have nothing to go by
+                name = method["name"] if isinstance(method, Mapping) else str(method)
+                before = next(r for r in beside if r["method"] == "original")
+                rows += [before | {"method": name, "seed": s, "unchanged": True} for s in seeds]
     return rows
+
+
+def _rows(done: Comparison, share: float) -> list[dict[str, Any]]:
+    return [
+        {"share": share, "method": row["method"], "seed": row["seed"], "unchanged": False}
+        | {n.removeprefix("corrective/"): f["value"] for n, f in row["findings"].items()}
+        for row in done.data["comparisons"][0]["rows"]
+    ]

@@ -87,7 +87,7 @@ def table(name, rows) -> str:
 def expectations(rows):
     poison, confusion = rows["digits-poison"], rows["digits-confusion"]
     values = [mean(poison, "EU", s) for s in SHARES]
-    yield "EU undoes the backdoor only where all is known", values, max(values[:-1]) <= 0.3 and values[-1] >= 0.6  # fmt: skip
+    yield "EU on the backdoor jumps only where all is known", values, values[2] - values[0] <= 0.15 and values[3] - values[2] >= 0.3  # fmt: skip
     values = [mean(poison, "SSD", 0.5), mean(poison, "EU", 0.5)]
     yield "SSD beats EU on the backdoor at a half", values, values[0] >= values[1] + 0.2
     values = [mean(confusion, "SSD", s) for s in SHARES]

@@ -13,7 +13,7 @@ from _results import must_be_seen, write
 from _tricks import OutputMask
 
 import expunge as xp
-from expunge.report.verdict import judge
+from expunge.report.verdict import closer, judge
 from expunge.workloads import registry
 
 pytestmark = pytest.mark.acceptance
@@ -42,7 +42,7 @@ def seen():
             name: {key: findings[name][key] for key in ("value", "low", "high", "reference")}
             | {"state": judge(name, findings[name]).state}
             for name in (*ACCURACY, *DEEP)
-        }
+        } | {"closer": closer(row)}
     shown = [
         (sentence, " / ".join(values), holds) for sentence, values, holds in expectations(rows)
     ]
@@ -69,6 +69,8 @@ def expectations(rows):
     for name in DEEP:
         found = states("output-mask", [name])
         yield f"a masked output is caught by {name}", found, found[0] not in ("matches", "unjudged")
+    found = [str(n) for n in rows["output-mask"]["closer"]]
+    yield "the verdict on the masked output names them", found, {"representation/cka-original", "recovery/forget"} <= set(found)  # fmt: skip
     found = states("retrain", (*ACCURACY, *DEEP))
     yield "a retrained model passes all", found, set(found) == {"matches"}
     failed = (*(n for n in ACCURACY if "forget" in n), *DEEP)
@@ -76,4 +78,4 @@ def expectations(rows):
     yield "doing nothing fails all that is about what was to be forgotten", found, not {"matches", "unjudged"} & set(found)  # fmt: skip
 
 
-test_what_must_be_seen, test_every_expectation_is_tested = must_be_seen(expectations, 6)
+test_what_must_be_seen, test_every_expectation_is_tested = must_be_seen(expectations, 7)

@@ -214,3 +214,44 @@ def test_features_that_are_not_finite_say_so(subjects):
         subjects[1].model[0].weight[0] = torch.nan
     for f in Representation().run(subjects[1], subjects[2:3], Runtime()):
         assert f.value is None and "NaN" in f.reason
+
+
+def test_the_interval_does_not_hang_on_the_order_of_the_samples():
+    from expunge.audits.representation import GROUPS, _groups
+
+    labels = np.arange(200) % 10
+    for group in range(GROUPS):
+        out = labels[_groups(200).numpy() == group]
+        assert len(out) == 20
+        assert len(set(out)) > 4, "a group is a class"
+
+
+def test_findings_follow_the_downstream_data(tmp_path, subjects):
+    x, y = blobs(40, 4)
+    path = tmp_path / "other.npz"
+    np.savez(path, X=x.numpy()[:, None, None], y=y.numpy())
+    audit = Representation(downstream=str(path))
+    before = audit.reads()
+    np.savez(path, X=x.numpy()[:, None, None] + 1, y=y.numpy())
+    assert audit.reads() != before
+    assert Representation().reads() == []
+
+
+def test_downstream_data_of_one_class_says_so(monkeypatch, subjects):
+    from expunge.audits import representation
+    from expunge.core.data import Data
+
+    one = Data((blobs(40, 4)[0], torch.zeros(40, dtype=torch.long)))
+    monkeypatch.setattr(representation, "_read", lambda path: one)
+    for f in Representation(downstream="x").run(subjects[1], subjects[2:3], Runtime()):
+        assert f.value is None and "one class" in f.reason
+
+
+def test_a_split_of_a_few_samples_is_left_out_of_the_scores(by_name):
+    x, y = blobs(160, 0)
+    keep = (y != 2) | (torch.arange(160) == 2)
+    problem = Classification(net(0), (x[keep], y[keep]), blobs(240, 1))
+    one, other = (Subject(net(s), problem, Request(label=2), Runtime()) for s in (1, 2))
+    f = by_name(Representation().run(one, [other], Runtime()))["representation/agl"]
+    assert "forget-train" not in f.detail["splits"]
+    assert 0 < f.low <= f.value <= f.high

@@ -107,3 +107,60 @@ def test_what_is_no_model_is_refused(problem, store, tmp_path):
         read_artefact(tmp_path / "w.safetensors", problem)
     with pytest.raises(ModelError, match="does not take"):
         audit_model(nn.Linear(2, 3), problem, REQUEST, ["accuracy"], store=store)
+
+
+class Masked(nn.Module):
+    """Never says one class, with the weights of what is inside."""
+
+    def __init__(self, inner, label):
+        super().__init__()
+        self.inner, self.label = inner, label
+
+    def forward(self, x):
+        logits = self.inner(x).clone()
+        logits[:, self.label] = -30
+        return logits
+
+
+def test_wrappers_around_the_same_weights_are_not_mistaken_for_each_other(problem, store):
+    found = [
+        values(audit_model(Masked(problem.model, c), problem, REQUEST, ["accuracy"], references=1, store=store))
+        for c in (1, 2)
+    ]  # fmt: skip
+    assert found[0]["accuracy/forget-train"] == 0
+    assert found[1]["accuracy/forget-train"] > 0.5
+    assert len(store.runs(kind="artefact")) == 2
+
+
+def test_another_number_of_outputs_is_refused(problem, store):
+    other = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
+    with pytest.raises(ModelError, match="5 outputs, the original 3"):
+        audit_model(other, problem, REQUEST, ["accuracy"], store=store)
+
+
+def test_tied_weights_may_be_written_once(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    problem = xp.Classification(Tied(), (torch.randn(20, 4), torch.arange(20) % 4))
+    theirs = Tied()
+    save_file({"a.weight": theirs.a.weight.detach()}, tmp_path / "w.safetensors")
+    read = read_artefact(tmp_path / "w.safetensors", problem)
+    assert torch.equal(read.b.weight, theirs.a.weight)
+
+
+def test_findings_of_another_recipe_are_not_reused(problem, store):
+    from dataclasses import replace
+
+    other = xp.Classification(
+        problem.model, problem.train, problem.test, recipe=replace(problem.recipe, epochs=1)
+    )
+    for one in (problem, other):
+        audit_model(problem.model, one, REQUEST, ["accuracy"], references=0, store=store)
+    assert len(store.runs(kind="audit")) == 2

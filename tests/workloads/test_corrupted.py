@@ -122,6 +122,32 @@ def test_corrective_invariant_8_the_same_samples_are_found_every_time():
     assert found(0.5, 60).resolve(other).tolist() != ids[0][1]
 
 
+def test_only_wrong_labels_can_be_still_wrong():
+    workload = registry.get("digits-poison")
+    train = workload.data().train
+    ids = workload.request.resolve(train)
+    true = torch.as_tensor(train.columns["true"])[train.positions(ids)]
+    zeros = int((true == 0).sum())
+    assert zeros > 0
+    one = audited(workload, Constant(0))["corrective/still-wrong"]
+    assert one.detail["n"] == len(ids) - zeros and one.value == 1
+
+
+def test_no_verdict_on_what_is_not_the_goal():
+    from expunge.report.verdict import judge
+
+    finding = {
+        "value": 0.95,
+        "reference": 0.12,
+        "direction": "up",
+        "low": 0.9,
+        "high": 1.0,
+        "detail": {},
+    }
+    found_ = judge("corrective/affected", finding)
+    assert found_.state == "unjudged" and "not the goal" in found_.sentence
+
+
 def test_without_a_marked_domain_there_is_a_reason():
     found_ = audited(registry.get("digits-poison"), Constant(0), column="domain")
     assert all(f.value is None and "'domain'" in f.reason for f in found_.values())

@@ -53,7 +53,7 @@ def _means(problem: Problem, data: Data) -> tuple[Tensor, Tensor]:
     """Labels [C] in ascending order and the mean feature [C, d] of each."""
     read: Any = problem.capability("penultimate")
     device = next(problem.model.parameters()).device
-    training = problem.model.training
+    modes = [(m, m.training) for m in problem.model.modules()]
     problem.model.eval()
     try:
         parts = [
@@ -61,7 +61,8 @@ def _means(problem: Problem, data: Data) -> tuple[Tensor, Tensor]:
             for batch in data.batches(256)
         ]
     finally:
-        problem.model.train(training)
+        for module, training in modes:
+            module.training = training
     names, places = data.labels_of(data.ids).unique(return_inverse=True)
     found = torch.cat(parts)
     total = torch.zeros(len(names), found.shape[1], dtype=torch.double)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from expunge.audits._density import Array
 from expunge.core.audit import Subject
+from expunge.core.hashing import hash_tensors
 from expunge.core.runtime import Runtime
 from expunge.fleet.subsets import train_many
 from expunge.train.losses import margin_each
@@ -32,8 +33,12 @@ JITTER = 0.1
 def log_odds(subject: Subject, split: str, runtime: Runtime) -> Array:
     """Log-odds [n] of the true labels, clipped to ±18 and spread a little where they were."""
     phi = margin_each(subject.logits(split).double(), subject.labels(split)).numpy()
+    # another spread for each model: the same one would cancel where scores are taken off each other
+    model = hash_tensors({"logits": subject.logits(split)})
     clipped = np.abs(phi) >= CLIP
-    spread = JITTER * torch.rand(len(phi), generator=runtime.generator("log-odds", split)).numpy()
+    spread = (
+        JITTER * torch.rand(len(phi), generator=runtime.generator("log-odds", split, model)).numpy()
+    )
     found = np.clip(phi, -CLIP, CLIP)
     return np.where(clipped, found - np.sign(phi) * spread, found)
 

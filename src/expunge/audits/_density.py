@@ -23,6 +23,8 @@ FACTORS = np.geomspace(0.06, 1.0, 13)
 NARROWER = 0.5
 """Of the best bandwidth: at that one a narrow density is smoothed too wide and takes samples off others."""
 FOLDS = 5
+CHUNK = 2000
+"""Samples whose kernels are held at a time."""
 BINS = 2000
 FEWEST = 10
 """Fewer points than this have no density."""
@@ -49,8 +51,9 @@ class Density:
 
     def log(self, x: Array) -> Array:
         """Log density [m] at x [m, D]."""
-        kernel = _kernel(x, self.points, self.widths)
-        return np.log((1 - self.floor) * kernel.mean(1) + self.floor / self.volume)
+        parts = np.array_split(x, len(x) // CHUNK + 1)  # the kernel of all of them can be large
+        kernel = np.concatenate([_kernel(p, self.points, self.widths).mean(1) for p in parts])
+        return np.log((1 - self.floor) * kernel + self.floor / self.volume)
 
     def log_quickly(self, x: Array) -> Array:
         """The same [m] from a table of 2,000 bins where there is one feature, to about a thousandth."""

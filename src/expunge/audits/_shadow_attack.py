@@ -12,7 +12,7 @@ import torch
 from expunge.audits._intervals import Z95, two_sided
 from expunge.audits._low_fpr import roc, too_few, tpr_on, true_alarms
 from expunge.audits._members import Places, auc_finding, constant, nonmembers, sides
-from expunge.audits._splits import FEWEST, unusable
+from expunge.audits._splits import FEWEST, one_class, unusable
 from expunge.core.audit import Finding, Subject, against
 from expunge.core.errors import NeedsError
 from expunge.core.runtime import Runtime
@@ -73,16 +73,6 @@ def ground(
     if not strange:
         strange = other_recipe(made, known)
     return Ground(places, how, made, [] if strange else known, strange)
-
-
-def one_class(subject: Subject) -> str | None:
-    """Why log-odds say nothing where there is one class alone, or None."""
-    if subject.logits("forget-train").shape[1] < 2:
-        return "the model has one output class alone, whose log-odds are infinite"
-    labels = subject.problem.train.labels
-    if labels is not None and len(labels.unique()) < 2:
-        return "the training data has one class alone: every model says it of every sample"
-    return None
 
 
 def other_architecture(subject: Subject, references: Sequence[Subject]) -> str | None:

@@ -14,6 +14,7 @@ SPLITS = ("forget-train", "retain-train", "forget-test", "retain-test")
 NO_REFERENCE = "no retrained reference to compare with"
 NO_TEST = "there is no test data"
 ONE_CLASS = "the model knows one class only, so nothing can be told from its outputs"
+ONE_LABEL = "the training data has one class alone: every model says it of every sample"
 FEWEST = 10
 """Fewer samples than this say nothing."""
 
@@ -73,4 +74,14 @@ def unusable(
         found = outputs(subject, split)
         if bool(torch.isnan(found).any()) or (finite and not bool(torch.isfinite(found).all())):
             return f"a model gives NaN{' or infinite' if finite else ''} outputs on {split}"
+    return None
+
+
+def one_class(subject: Subject) -> str | None:
+    """Why a classifier's outputs say nothing where there is one class alone, or None."""
+    if subject.logits("forget-train").shape[1] < 2:
+        return ONE_CLASS
+    labels = subject.problem.train.labels
+    if labels is not None and len(labels.unique()) < 2:
+        return ONE_LABEL
     return None

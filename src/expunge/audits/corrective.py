@@ -25,8 +25,8 @@ class Corrective(Audit):
 
     `affected` is Acc_corr: test samples that the column `affected` of the test data marks (of a backdoor
     those with its trigger, of two confused classes theirs); `rest` is Acc_retain: all others. Both up, 0 … 1.
-    `still-wrong` is the share of the known manipulated samples that the model still calls by the label they
-    had been given, down. A model retrained without the *known* part is shown beside, and is **not** the
+    `still-wrong` is the share of the known wrongly labelled samples that the model still calls by the label
+    they had been given, down; the training data's column `true`, where there is one, says which are wrong. A model retrained without the *known* part is shown beside, and is **not** the
     goal: what nobody has found keeps teaching it the wrong thing. Wilson intervals over samples.
     """
 
@@ -68,8 +68,9 @@ class Corrective(Audit):
             np.concatenate([(s.logits(p).argmax(1) == s.labels(p)).numpy() for p in splits])
             for s in everyone
         ]
+        wrong = _wrongly_labelled(subject)
         told = [
-            (s.logits("forget-train").argmax(1) == s.labels("forget-train")).numpy()
+            (s.logits("forget-train").argmax(1) == s.labels("forget-train")).numpy()[wrong]
             for s in everyone
         ]
         return [
@@ -79,10 +80,19 @@ class Corrective(Audit):
         ]
 
 
+def _wrongly_labelled(subject: Subject) -> np.ndarray:
+    """Which known samples have another label than the true one, where the column `true` tells it [n]."""
+    data, ids = subject.problem.train, subject.splits["forget-train"]
+    if "true" not in data.columns:
+        return np.ones(len(ids), dtype=bool)
+    true = torch.as_tensor(data.columns["true"])[data.positions(ids)]
+    return (true != data.labels_of(ids)).numpy()
+
+
 def _finding(audit: str, what: str, hits: list[np.ndarray], direction: Direction) -> Finding:
     mine, before, *theirs = hits
     if not len(mine):
-        return Finding(f"{audit}/{what}", None, direction, reason="no test sample is on this side")
+        return Finding(f"{audit}/{what}", None, direction, reason="no sample is on this side")
     low, high = wilson(int(mine.sum()), len(mine))
     shares = [float(t.mean()) for t in theirs]
     return Finding(

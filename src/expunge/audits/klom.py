@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from expunge.audits._intervals import mean_interval
 from expunge.audits._klom import DEFINITION, Array, klom, margins
-from expunge.audits._splits import FEWEST, NO_REFERENCE, ONE_CLASS, SPLITS, unusable
+from expunge.audits._splits import FEWEST, NO_REFERENCE, SPLITS, one_class, unusable
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.runtime import Runtime
@@ -76,7 +76,10 @@ class KLoM(Audit):
                 found.append(Finding(name, None, "down", reason=why))
                 continue
             mine, theirs = (_margins(models, split) for models in (unlearned, references))
-            found.append(_finding(name, mine[:count], theirs[:half], theirs[half : half + count]))
+            made = _finding(name, mine[:count], theirs[:half], theirs[half : half + count])
+            if made.value is not None and subject.siblings:
+                made = replace(made, reason=ONE_ORIGINAL)
+            found.append(made)
         return found
 
     def _why(
@@ -101,7 +104,13 @@ class KLoM(Audit):
             return why
         if len(unlearned[0].splits[split]) < FEWEST:
             return f"only {len(unlearned[0].splits[split])} samples, {FEWEST} are needed"
-        return ONE_CLASS if unlearned[0].logits(split).shape[1] < 2 else None
+        return one_class(unlearned[0])
+
+
+ONE_ORIGINAL = (
+    "all models started from one original, where the paper starts each from another: what that original "
+    "has of chance stays in all of them, so even a perfect method can lie above the floor"
+)
 
 
 def _margins(models: Sequence[Subject], split: str) -> Array:

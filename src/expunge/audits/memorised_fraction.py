@@ -23,7 +23,7 @@ from expunge.audits._mixture_checks import (
     self_test,
     thresholds,
 )
-from expunge.audits._splits import FEWEST, ONE_CLASS, unusable
+from expunge.audits._splits import FEWEST, one_class, unusable
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.errors import DataError
 from expunge.core.needs import Card, Deviation, Needs
@@ -150,8 +150,8 @@ class MemorisedFraction(Audit):
         count = len(subject.splits["forget-train"])
         if count < FEWEST:
             return f"only {count} samples to forget, {FEWEST} are needed"
-        if subject.logits("forget-train").shape[1] < 2:
-            return ONE_CLASS
+        if why := one_class(subject):
+            return why
         if "retain-test" not in subject.splits:
             return "there is no test data, so nobody was never seen"
         there = [s for s in ("forget-test", "retain-test") if len(subject.splits[s])]

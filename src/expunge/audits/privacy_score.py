@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from expunge.audits._splits import FEWEST, NO_REFERENCE, ONE_CLASS, unusable
+from expunge.audits._splits import FEWEST, NO_REFERENCE, one_class, unusable
 from expunge.audits._worst_case import (
     Array,
     Score,
@@ -81,8 +81,7 @@ class PrivacyScore(Audit):
         count = len(subject.splits[SPLIT])
         if not why and count < FEWEST:
             why = f"only {count} samples to forget, {FEWEST} are needed"
-        if not why and subject.logits(SPLIT).shape[1] < 2:
-            why = ONE_CLASS
+        why = why or one_class(subject)
         if why:
             return [Finding(name, None, "up", reason=why)]
         mine, before, *theirs = (statistics(s.logits(SPLIT)) for s in everyone)
@@ -97,7 +96,8 @@ class PrivacyScore(Audit):
         random = np.random.default_rng(runtime.seed_for(self.name, "bootstrap"))
         each = max(20, self.resamples // len(theirs))
         draws = np.concatenate([resampled(mine, t, grid, random, each) for t in theirs])
-        low, high = (float(v) for v in np.percentile(draws, [2.5, 97.5]))
+        # a resampled pair looks further apart than its parents, by as much as these do than the truth
+        low, high = (float(2 * value - v) for v in np.percentile(draws, [97.5, 2.5]))
         random = np.random.default_rng(runtime.seed_for(self.name, "floor"))
         floor = null_floor(pooled, (count, count), grid, random, self.resamples)
         return [
@@ -105,8 +105,8 @@ class PrivacyScore(Audit):
                 name,
                 value,
                 "up",
-                low=min(low, value),
-                high=max(high, value),  # resampling makes two samples look further apart
+                low=max(0.0, min(low, value)),
+                high=min(1.0, max(high, value)),
                 reference=float(np.mean(among)) if among else None,
                 floor=float(np.ptp(among)) if len(among) > 1 else None,
                 original=float(np.mean([privacy(before, t, grid).value for t in theirs])),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from expunge.audits._splits import one_class
 from expunge.audits.weight_distance import plain
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.data import Batch
@@ -92,6 +93,8 @@ class RelearnTime(Audit):
         if not (subject.data_of(split).labelled and subject.problem.train.labelled):
             why = "the data has no labels to relearn"
             return [Finding(name, None, reason=why) for name in names]
+        if subject.problem.kind == "classification" and (alone := one_class(subject)):
+            return [Finding(name, None, reason=alone) for name in names]
         counts = [
             self._updates(s, split, runtime) for s in (subject, subject.original(), *references)
         ]
@@ -108,7 +111,7 @@ class RelearnTime(Audit):
             "lr": self.lr,
             "batch_size": self.batch_size,
             "on": self.on,
-            "samples": mine * self.batch_size,
+            "samples": mine * min(self.batch_size, len(self._ids(subject))),
             "accuracy": subject.problem.kind == "classification",
             "curve": self._curve(subject),
             "original_curve": self._curve(subject.original()),
@@ -167,6 +170,12 @@ class RelearnTime(Audit):
         """What a curve that is kept with a subject belongs to."""
         return tuple(self.in_force().items())
 
+    def _ids(self, subject: Subject) -> Tensor:
+        """Of the samples it learns from."""
+        if self.on == "all":
+            return subject.problem.train.ids
+        return subject.whole.splits["forget-train" if self.on == "forget" else "retain-train"]
+
     def _curve(self, subject: Subject) -> list[float]:
         curves: dict[Any, list[float]] = subject.__dict__.get("_relearning_curves", {})
         return curves.get(self._key(), [])
@@ -181,10 +190,7 @@ class RelearnTime(Audit):
         inner = replace(
             runtime, device=subject.runtime.device, checkpoint=None, alone=True, cost=Cost()
         )
-        ids = problem.train.ids
-        if self.on != "all":
-            ids = subject.whole.splits[f"{'forget' if self.on == 'forget' else 'retain'}-train"]
-        source = Source(problem.train, ids, True, inner)
+        source = Source(problem.train, self._ids(subject), True, inner)
         per_epoch = math.ceil(len(source) / self.batch_size)
         done = 0
 

@@ -93,18 +93,27 @@ class Representation(Audit):
             capabilities=frozenset({"logits", "penultimate"}),
         )  # fmt: skip
 
+    def reads(self) -> list[str]:
+        """The downstream data, if any."""
+        return [_read(self.downstream).fingerprint()] if self.downstream else []
+
     def run(
         self, subject: Subject, references: Sequence[Subject], runtime: Runtime
     ) -> list[Finding]:
         """Three scores, two transfers, and the alignment with the original."""
         names = [*SCORES, *TRANSFERS, "cka-original"]
-        splits = [s for s in ACCURACIES if not missing(subject, s)]
+        splits = [
+            s for s in ACCURACIES if not missing(subject, s) and len(subject.splits[s]) >= FEWEST
+        ]
         why = missing(subject, "forget-train") or missing(subject, "retain-test")
         data, ids, only, reason = self._where(subject, runtime)
         why = why or reason
         if why:
             return [Finding(f"{self.name}/{what}", None, reason=why) for what in names]
         labels = data.labels_of(ids)
+        if not why and len(labels.unique()) < 2:
+            why = "the data has one class alone, so there is nothing to tell apart"
+            return [Finding(f"{self.name}/{what}", None, reason=why) for what in names]
         parts = halves(labels, self.share, runtime.generator(self.name, "split"))
         if only is not None:
             parts = parts[0], parts[1][torch.isin(labels[parts[1]], only)]
@@ -234,14 +243,20 @@ class _Seen:
     probe: np.ndarray = field(repr=False)
 
     def without(self, group: int) -> _Seen:
-        """The same with a tenth of the samples left out everywhere."""
+        """The same with a tenth of the samples left out everywhere, drawn whatever their order is."""
 
         def kept(values: np.ndarray) -> np.ndarray:
-            return values[np.arange(len(values)) % GROUPS != group]
+            return values[_groups(len(values)).numpy() != group]
 
-        keep = torch.arange(len(self.gram)) % GROUPS != group
+        keep = _groups(len(self.gram)) != group
         right = {split: kept(values) for split, values in self.right.items()}
         return _Seen(right, self.gram[keep][:, keep], kept(self.knn), kept(self.probe))
+
+
+def _groups(count: int) -> Tensor:
+    """A group 0 … 9 for each of some samples; the same for every model, and not along their classes."""
+    generator = torch.Generator().manual_seed(count)
+    return torch.randperm(count, generator=generator) % GROUPS
 
 
 @torch.no_grad()

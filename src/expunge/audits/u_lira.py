@@ -14,8 +14,8 @@ from torch import Tensor
 from expunge import __version__
 from expunge.audits._intervals import mean_interval, two_sided
 from expunge.audits._low_fpr import clustered_auc, roc, too_few, tpr_on, true_alarms
-from expunge.audits._shadow_attack import one_class, useless
-from expunge.audits._splits import missing
+from expunge.audits._shadow_attack import useless
+from expunge.audits._splits import FEWEST, missing, one_class
 from expunge.audits.lira import PER_SAMPLE, Fit, scores
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.errors import ExpungeError
@@ -141,6 +141,9 @@ class ULiRA(Audit):
             return [Finding(name, None, reason=why) for name in names]
 
         why = missing(subject, "forget-train") or one_class(subject)
+        count = len(subject.splits["forget-train"])
+        if not why and count < FEWEST:
+            why = f"only {count} samples to forget, {FEWEST} are needed"
         if self.targets >= self.models - 3:
             why = f"{self.models} shadow models with {self.targets} targets leave too few to fit on; raise models"
         made_by = self._method(subject)
@@ -194,6 +197,7 @@ class ULiRA(Audit):
         facts = [
             __version__, problem.recipe_key(), problem.train.fingerprint(), hash_tensors({"pool": pool}),
             self.models, self.draws, self.share, runtime.seed, runtime.device,
+            [problem.fingerprint()[k] for k in ("functions", "architecture", "mask", "valid")],
         ]  # fmt: skip
         done = None if method is None else [f"{type(method).__module__}.{type(method).__qualname__}", method.in_force()]  # fmt: skip
 

@@ -192,6 +192,8 @@ def _audit_artefact(
 
     if inputs.workload is not None or inputs.model is not None:
         raise UserError("--against names the problem; leave --workload and --model out")
+    if not Path(model).expanduser().exists():  # before an original is trained for it
+        raise UserError(f"there is no model at {model}")
     bundled = against in list(registry) and inputs.data is None
     inputs = (
         replace(inputs, workload=against) if bundled else replace(inputs, model=against)

@@ -123,7 +123,12 @@ class Subject:
         part = copy.copy(self)
         part._whole, part._within, part._outputs = self.whole, ids, {}
         part.siblings = tuple(s.within(ids) for s in self.siblings)
-        for kept in ("_grams", "_recalibrated"):  # by audits, and about the whole's samples
+        for kept in (
+            "_grams",
+            "_recalibrated",
+            "_relearnt",
+            "_relearning_curves",
+        ):  # by audits, and about the whole's samples
             part.__dict__.pop(kept, None)
         part.__dict__["splits"] = {
             split: own if split.endswith("test") else own[torch.isin(own, ids)]
@@ -182,6 +187,10 @@ class Audit(Configured):
     def needs(self) -> Needs:
         """What this audit uses, with these settings."""
         raise NotImplementedError
+
+    def reads(self) -> list[str]:
+        """Hashes of what it reads besides the problem, so that findings are not reused for other data."""
+        return []
 
     def run(
         self, subject: Subject, references: Sequence[Subject], runtime: Runtime

@@ -86,7 +86,7 @@ def shadows(problem: Problem, models: int, runtime: Runtime, store: Store | None
         raise NeedsError("shadow models need test data, and labels of all data")
     key = content_key([
         "shadows", __version__, problem.recipe_key(), problem.train.fingerprint(),
-        problem.test.fingerprint(), models, SHARE, runtime.seed, runtime.device,
+        problem.test.fingerprint(), problem.fingerprint()["functions"], models, SHARE, runtime.seed, runtime.device,
     ])  # fmt: skip
     made = kept(problem, "shadows", key, store, lambda: _train(problem, models, runtime))
     return Shadows(

@@ -176,7 +176,8 @@ def _output_keys(
     """Content keys of what models say: theirs, and that of the further inputs."""
     asked = [data.fingerprint() for data in known_inputs(problem, validation)]
     keys = fleet_keys(problem, jobs, runtime.device)
-    return [content_key(["outputs", problem.kind, key, asked]) for key in keys]
+    functions = problem.fingerprint()["functions"]
+    return [content_key(["outputs", problem.kind, functions, key, asked]) for key in keys]
 
 
 @torch.no_grad()

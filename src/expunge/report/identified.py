@@ -22,8 +22,12 @@ def identified_picture(rows: Sequence[Mapping[str, Any]], what: str = "affected"
     for number, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
         points = []
         for share in shares:
-            values = [r[what] for r in rows if (r["method"], r["share"]) == (method, share)]
-            points.append((share, sum(values) / len(values)))
+            there = [r for r in rows if (r["method"], r["share"]) == (method, share)]
+            values = [r[what] for r in there if r[what] is not None]
+            if values:
+                points.append((share, sum(values) / len(values)))
+        if not points:
+            continue
         plot.line(points, STYLES[number % len(STYLES)])
         plot.label(*points[-1], method, taken)
     return plot.svg()

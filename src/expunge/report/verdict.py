@@ -82,6 +82,11 @@ def judge(name: str, finding: Mapping[str, Any]) -> Judgement:
     if name.startswith("weight-distance/"):
         numbers = f"{value:.3g} beside {reference:.3g} for retrained models"
         return Judgement("unjudged", f"how much was changed, not what was forgotten ({numbers})")
+    if name.startswith("corrective/"):
+        return Judgement(
+            "unjudged",
+            f"{value:.3g}; retrained without the known part {reference:.3g}, which is not the goal",
+        )
     if finding.get("direction") in ("down", "up"):
         return _distance(name, finding, value, reference)
     return _toward(name, finding, value, reference)
@@ -252,6 +257,12 @@ def closer(row: Mapping[str, Any]) -> list[str]:
         "prediction-matrix/",
         "wasserstein/",
         "relearn-time/ain",
+        "recovery/forget",
+        "representation/",
+        "memorised-fraction/limit",
+        "memorised-fraction/erased",
+        "privacy-score/",
+        "klom/",
     )
     return [
         n

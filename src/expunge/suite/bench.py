@@ -319,7 +319,8 @@ class Bench:
             hash_model(subject.model),
             subject.problem.fingerprint(),
             hash_tensors(subject.splits),
-            [[a.name, a.in_force()] for a in chosen],
+            [[a.name, a.in_force(), *a.reads()] for a in chosen],
+            None if subject.problem.recipe is None else subject.problem.recipe_key(),
             [hash_model(s.model) for _, s in references],
             # a cost is a fact of the run, not of the weights
             run,

@@ -154,15 +154,16 @@ def compare(
             task.advance()
         among_seeds = any(a.name == "klom" for a in audit_list(audits, problem))
         for method, passed in made:
-            released = []
-            for seed in seeds:
+            released: list[tuple[int, Outcome, str, Subject]] = []
+            for number, seed in enumerate(seeds, 1):
                 outcome, run = bench.unlearn(problem, request, method, seed, passed)
                 task.advance()
                 subject = Subject(outcome.released(), problem, request, runtime, outcome=outcome)
-                released.append((seed, outcome, run, subject))
-                if among_seeds and seed != seeds[-1]:
-                    continue  # audited when all of them are there
-                for s, o, r, one in released if among_seeds else released[-1:]:
+                # what compares seeds is audited when all of them are there; else none is kept
+                released = [*(released if among_seeds else []), (seed, outcome, run, subject)]
+                if among_seeds and number < len(seeds):
+                    continue
+                for s, o, r, one in released:
                     if among_seeds:
                         one.siblings = tuple(x for *_, x in released if x is not one)
                     findings = bench.audit(one, r, trained, audits, parts)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from expunge import __version__
 from expunge.core.audit import Audit, Finding, Subject
 from expunge.core.errors import ExpungeError, ModelError
-from expunge.core.hashing import content_key, hash_model
+from expunge.core.hashing import content_key, hash_model, hash_tensors
 from expunge.core.method import package_versions
 from expunge.core.outcome import load
 from expunge.core.problem import Problem
@@ -73,6 +73,14 @@ def _weights(place: Path, problem: Problem) -> nn.Module:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{place} cannot be read as safetensors ({error})") from error
     there = model.state_dict()
+    for name in there.keys() - tensors.keys():  # tied weights are written once
+        same = [
+            n
+            for n in tensors.keys() & there.keys()
+            if there[n].data_ptr() == there[name].data_ptr()
+        ]
+        if same and there[name].numel():
+            tensors[name] = tensors[same[0]]
     lacking = sorted(there.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - there.keys())
     other = sorted(
@@ -134,9 +142,30 @@ def audit_model(
         "weights": weights,
         "packages": package_versions(),
     }
-    key = content_key([KIND, __version__, weights, problem.fingerprint(), request.to_dict()])
+    # a wrapper can behave otherwise with the same weights
+    said = hash_tensors({s: _losses(subject, s) for s in subject.splits})
+    key = content_key(
+        [KIND, __version__, weights, str(released), said, problem.fingerprint(), request.to_dict()]
+    )  # fmt: skip
     run = bench.store.put_run(kind=KIND, key=key, record=record, parents=[bench.original(problem)])
     return bench.audit(subject, run, beside, audits, parts)
+
+
+ASKED = 4096
+"""Samples of a split whose losses say how the model behaves."""
+
+
+@torch.no_grad()
+def _losses(subject: Subject, split: str) -> Tensor:
+    """The model's loss [n] on the first samples of a split; empty where nothing is labelled."""
+    data, device = subject.data_of(split), subject.runtime.device
+    if not data.labelled:
+        return torch.empty(0)
+    parts = [
+        subject.problem.each_loss(subject.model, batch.to(device)).float().cpu()
+        for batch in data.batches(256, subject.splits[split][:ASKED])
+    ]
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def _check(model: nn.Module, problem: Problem, runtime: Runtime) -> None:
@@ -150,5 +179,12 @@ def _check(model: nn.Module, problem: Problem, runtime: Runtime) -> None:
         raise
     except Exception as error:
         raise ModelError(f"the model does not take the problem's data: {error}") from error
-    if losses.shape != (2,):
+    if losses.shape != (len(batch),):
         raise ModelError("the model's outputs are not those of this problem")
+    if problem.kind == "classification":
+        logits = problem.capability("logits")
+        with torch.no_grad():
+            theirs = logits(asked, batch).shape[1]
+            own = logits(copy.deepcopy(problem.model).to(runtime.device).eval(), batch).shape[1]
+        if theirs != own:
+            raise ModelError(f"the model has {theirs} outputs, the original {own}")

@@ -66,7 +66,7 @@ def seen():
         for name, model in models(of, request, seed).items():
             runtime = xp.Runtime(seed=seed, threads=1)
             subject = Subject(model, of, request, runtime)
-            found = {f.name: f for f in xp.audits.Recovery().run(subject, [], runtime)}
+            found = {f.name: f for f in xp.audits.Recovery(tasks=200).run(subject, [], runtime)}
             head = (subject.logits("forget-test").argmax(1) == 9).float().mean()
             runs[name].append(
                 {"head": float(head)}

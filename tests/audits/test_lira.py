@@ -137,7 +137,7 @@ def test_reasons(world, by_name, tables):
     w = world(forget=5)
     assert "only 5 samples to forget" in reasons(w.subjects(w.logits()))
     w = world()
-    assert "one output class" in reasons(tables([0] * 30, [0] * 30, Request(ids=tuple(range(12))), torch.ones(60, 1)))  # fmt: skip
+    assert "one class only" in reasons(tables([0] * 30, [0] * 30, Request(ids=tuple(range(12))), torch.ones(60, 1)))  # fmt: skip
     assert "one class alone" in reasons(tables([1] * 30, [1] * 30, Request(ids=tuple(range(12))), torch.rand(60, 2)))  # fmt: skip
     broken = w.logits()
     broken[3] = torch.nan

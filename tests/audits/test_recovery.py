@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -86,11 +85,10 @@ def test_probabilities_alone_are_enough(subjects, by_name):
         for s in subjects:
             s.model.head.weight.copy_(torch.eye(4))
             s.model.head.bias.zero_()
-    audit = replace(QUICK, on="probabilities", steps=3)
+    audit = replace(QUICK, on="probabilities", tasks=10, layers=2, steps=2, curve=())
     assert "penultimate" not in audit.needs.capabilities
     f = by_name(audit.run(subjects[0], subjects[1:2], Runtime()))["recovery/forget"]
-    assert f.value > 0.9
-    assert np.isfinite(f.reference)
+    assert f.value > 0.8 > f.reference + 0.1
 
 
 @pytest.mark.parametrize(

@@ -101,14 +101,15 @@ def assign(tasks: Tasks, knobs: Knobs, family: Family = "gaussian") -> Tensor:
 
 
 def _gaussian(tasks: Tasks, knobs: Knobs) -> Tensor:
-    scale = softplus(knobs.feature)
-    z, query = scale * tasks.support, scale * tasks.query
+    z, query = tasks.support, tasks.query
+    # features that are scaled by s have densities that are scaled by s²: no gradient through them
+    scale = softplus(knobs.feature).square()
     given = one_hot(tasks.labels, tasks.ways).to(z.dtype).mT  # [B, K, S]
     count, total = given.sum(-1, keepdim=True), given @ z
     scores = gaussian_density(query, total / count)
     centres, prior = total / count, torch.zeros(())  # in the first layer all classes are as likely
     for lam, temperature in zip(knobs.lam, knobs.temperature, strict=True):
-        scores = (gaussian_density(query, centres) + lam * prior) / temperature
+        scores = (scale * gaussian_density(query, centres) + lam * prior) / temperature
         u = scores.softmax(-1)
         prior = (u.mean(1, keepdim=True) + LEAST).log()
         centres = (total + u.mT @ query) / (count + u.sum(1)[..., None])
@@ -116,9 +117,11 @@ def _gaussian(tasks: Tasks, knobs: Knobs) -> Tensor:
 
 
 def gaussian_density(z: Tensor, centres: Tensor) -> Tensor:
-    r"""\(-\tfrac12\|z - w_k\|^2\) [B, Q, K] of z [B, Q, d] and centres [B, K, d]."""
-    cross = z @ centres.mT - centres.square().sum(-1)[:, None] / 2
-    return cross - z.square().sum(-1, keepdim=True) / 2
+    r"""\(-\tfrac12\|z - w_k\|^2 + \tfrac12\|z\|^2\) [B, Q, K] of z [B, Q, d] and centres [B, K, d].
+
+    What it leaves out is the same for all classes.
+    """
+    return z @ centres.mT - centres.square().sum(-1)[:, None] / 2
 
 
 def _dirichlet(tasks: Tasks, knobs: Knobs) -> Tensor:

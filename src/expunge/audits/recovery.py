@@ -61,7 +61,7 @@ class Recovery(Audit):
     curve: tuple[int, ...] = setting((1, 2, 5, 10), "labelled samples a class for the figure")
     queries: int = setting(75, "samples a task is asked about", low=2, source="paper")
     present: int = setting(5, "classes they come from", low=1, source="paper")
-    tasks: int = setting(200, "tasks", low=10, source="own: the paper has 1000")
+    tasks: int = setting(100, "tasks", low=10, source="own: the paper has 1000")
     layers: int = setting(10, "turns of the classifier, L", low=0, source="paper")
     steps: int = setting(60, "steps that learn its knobs", low=0, source="own: the paper has 100")
     lr: float = setting(0.1, "their rate", above=0, source="paper")

@@ -141,7 +141,7 @@ class ULiRA(Audit):
             return [Finding(name, None, reason=why) for name in names]
 
         why = missing(subject, "forget-train") or one_class(subject)
-        count = len(subject.splits["forget-train"])
+        count = len(subject.whole.splits["forget-train"])
         if not why and count < FEWEST:
             why = f"only {count} samples to forget, {FEWEST} are needed"
         if self.targets >= self.models - 3:

@@ -152,7 +152,7 @@ def test_draws_forget_a_share_of_what_a_model_saw():
 
 def test_strata_are_parts_of_the_same_runs(monkeypatch):
     whole = list(found("original").values())
-    monkeypatch.setattr(unlearned_shadows, "train_many", None)  # nothing is trained again
+    monkeypatch.setattr(unlearned_shadows, "ask_many", None)  # nothing is trained again
     parts = Strata({"a": torch.arange(5), "b": torch.arange(5, POOL)})
     audit = ULiRA(method="original", **QUICK)
     made = {f.name: f for f in stratified(audit, whole, parts, subject(), [], Runtime(threads=1))}
@@ -172,11 +172,40 @@ def test_runs_are_kept_in_the_store(monkeypatch):
     for _ in range(2):
         s = subject(range(20, 40))
         s.store = store
-        s.problem.__dict__.pop("_shadows", None)
+        s.problem.__dict__.pop("_u_lira", None)
         values.append([f.value for f in audit.run(s, [], Runtime(threads=1))])
-        problem().__dict__.pop("_shadows", None)
+        problem().__dict__.pop("_u_lira", None)
     found.cache_clear()
     assert values[0] == values[1] and len(calls) == 12
+
+
+def test_a_stopped_audit_goes_on_where_it_was(monkeypatch):
+    true = unlearned_shadows._unlearned
+    calls, left = [], [5]
+
+    def stopping(*a):
+        calls.append(1)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return true(*a)
+
+    monkeypatch.setattr(unlearned_shadows, "_unlearned", stopping)
+    audit = ULiRA(method="finetune", models=12, targets=4, fprs=(0.1,))
+    s = subject(range(20, 40))
+    s.store = xp.Store.temporary()
+    with pytest.raises(KeyboardInterrupt):
+        audit.run(s, [], Runtime(threads=1))
+    assert len(calls) == 5
+    audit.run(s, [], Runtime(threads=1))
+    assert len(calls) == 5 + 8  # four models had said all there was to say
+    resumed = s.problem.__dict__.pop("_u_lira")
+    s.store = None
+    audit.run(s, [], Runtime(threads=1))
+    plain = s.problem.__dict__.pop("_u_lira")
+    for key, tensors in resumed.items():
+        for name, values in tensors.items():
+            torch.testing.assert_close(values, plain[key][name], rtol=1e-4, atol=1e-4)
 
 
 def test_reasons():

@@ -82,19 +82,50 @@ def test_a_foreign_recipe_is_run_on_training_data_alone():
     assert made.masks.shape == (5, 32) and made.masks[:, 20:].sum(1).tolist() == [6] * 5
 
 
+def counted(monkeypatch):
+    """Counts trainings that are asked."""
+    calls, true = [], module.odds_of
+
+    def odds(problem, model, data, *a):
+        calls.append(data is problem.train)
+        return true(problem, model, data, *a)
+
+    monkeypatch.setattr(module, "odds_of", odds)
+    return lambda: sum(calls)
+
+
 def test_trained_once_and_kept_in_the_store(monkeypatch):
-    calls = []
-    true = module._train
-    monkeypatch.setattr(module, "_train", lambda *a: calls.append(1) or true(*a))
+    trainings = counted(monkeypatch)
     store = xp.Store.temporary()
     p = problem()
     first = shadows(p, 4, Runtime(), store)
-    assert shadows(p, 4, Runtime(), store).odds is first.odds and len(calls) == 1
+    assert shadows(p, 4, Runtime(), store).odds is first.odds and trainings() == 4
     again = shadows(problem(), 4, Runtime(), store)  # another process would start so
-    assert len(calls) == 1 and torch.equal(again.odds, first.odds) and again.both
-    for other in ((problem(), 5, Runtime()), (problem(), 4, Runtime(seed=1))):
-        shadows(*other, store)
-    assert len(calls) == 3
+    assert trainings() == 4 and torch.equal(again.odds, first.odds) and again.both
+    shadows(problem(), 4, Runtime(seed=1), store)
+    assert trainings() == 8
+    more = shadows(problem(), 6, Runtime(), store)  # the first four are known
+    assert trainings() == 10 and torch.equal(more.odds[:4], first.odds)
+    assert torch.equal(more.masks[:4], first.masks)
+
+
+def test_what_was_said_before_a_stop_is_kept(monkeypatch):
+    store, true, left = xp.Store.temporary(), module.odds_of, [5]
+
+    def stopping(*a):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return true(*a)
+
+    monkeypatch.setattr(module, "odds_of", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        shadows(problem(), 6, Runtime(), store)
+    monkeypatch.setattr(module, "odds_of", true)
+    trainings = counted(monkeypatch)
+    made = shadows(problem(), 6, Runtime(), store)
+    assert trainings() == 4
+    torch.testing.assert_close(made.odds, shadows(problem(), 6, Runtime()).odds)
 
 
 def test_what_is_missing():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -25,7 +25,6 @@ from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.outcome import Cost
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
-from expunge.fleet.shadows import kept
 from expunge.fleet.unlearned_shadows import plan, retrained_shadows, run_on_shadows
 
 Array = npt.NDArray[np.float64]
@@ -201,18 +200,17 @@ class ULiRA(Audit):
         ]  # fmt: skip
         done = None if method is None else [f"{type(method).__module__}.{type(method).__qualname__}", method.in_force()]  # fmt: skip
 
-        def keep(
-            kind: str, key: list[Any], make: Callable[[], dict[str, Tensor]]
-        ) -> dict[str, Tensor]:
-            return kept(problem, kind, content_key([kind, *key]), subject.store, make)
-
-        runs = keep(
-            "u-lira", [*facts, done], lambda: run_on_shadows(problem, pool, method, drawn, inner)
+        store = subject.store
+        runs, others = (
+            content_key(["u-lira", *facts, done]),
+            content_key(["u-lira-retrained", *facts]),
         )
-        others = keep(
-            "u-lira-retrained", facts, lambda: retrained_shadows(problem, pool, drawn, inner)
-        )
-        return {"masks": drawn.inside, "forgot": drawn.forgot, **runs, **others}
+        known: dict[str, dict[str, Tensor]] = problem.__dict__.setdefault("_u_lira", {})
+        if runs not in known:
+            known[runs] = run_on_shadows(problem, pool, method, drawn, inner, store, runs)
+        if others not in known:
+            known[others] = retrained_shadows(problem, pool, drawn, inner, store, others)
+        return {"masks": drawn.inside, "forgot": drawn.forgot, **known[runs], **known[others]}
 
     def _tell(self, made: dict[str, Tensor], what: str, at: Tensor) -> Told | str:
         """Decisions on the models after the method, retrained, or before."""

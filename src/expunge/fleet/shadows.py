@@ -13,9 +13,8 @@ shared by all audits, subjects and strata.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,9 @@ from expunge.core.errors import NeedsError
 from expunge.core.hashing import content_key
 from expunge.core.problem import Problem
 from expunge.core.runtime import Runtime
-from expunge.fleet.subsets import random_masks, train_many
+from expunge.fleet.asked import Answer, ask_many
+from expunge.fleet.jobs import Job
+from expunge.fleet.subsets import random_masks
 from expunge.train.losses import margin_each
 from expunge.train.recipe import SupervisedRecipe
 
@@ -72,7 +73,8 @@ def shadows(problem: Problem, models: int, runtime: Runtime, store: Store | None
         problem: a classification problem with recipe, labels and test data.
         models: K, at least 2.
         runtime: seed, device and progress.
-        store: where they are kept and looked up beyond this process.
+        store: where what each says is looked up and kept; fewer models asked for earlier are the
+            first of these.
 
     Returns:
         What they say.
@@ -86,33 +88,18 @@ def shadows(problem: Problem, models: int, runtime: Runtime, store: Store | None
         raise NeedsError("shadow models need test data, and labels of all data")
     key = content_key([
         "shadows", __version__, problem.recipe_key(), problem.train.fingerprint(),
-        problem.test.fingerprint(), problem.fingerprint()["functions"], models, SHARE, runtime.seed, runtime.device,
+        problem.test.fingerprint(), problem.fingerprint()["functions"], SHARE, runtime.seed, runtime.device,
     ])  # fmt: skip
-    made = kept(problem, "shadows", key, store, lambda: _train(problem, models, runtime))
-    return Shadows(
-        made["masks"], made["odds"], problem.train.ids, problem.test.ids, bool(made["both"])
-    )
+    memory: dict[str, Shadows] = problem.__dict__.setdefault("_shadows", {})
+    known = content_key([key, models])
+    if known not in memory:
+        memory[known] = _train(problem, models, runtime, store, key)
+    return memory[known]
 
 
-def kept(
-    problem: Problem, kind: str, key: str, store: Store | None, make: Any
-) -> dict[str, Tensor]:
-    """What `make()` gives, or gave earlier: from the problem's memory, then from the store."""
-    memory: dict[str, dict[str, Tensor]] = problem.__dict__.setdefault("_shadows", {})
-    if key in memory:
-        return memory[key]
-    found = None if store is None else store.find(kind, key)
-    if store is not None and found is not None:
-        tensors = store.tensors(found)
-    else:
-        tensors = make()
-        if store is not None:
-            store.put_run(kind=kind, key=key, record={"problem": problem.name}, tensors=tensors)
-    memory[key] = tensors
-    return tensors
-
-
-def _train(problem: Problem, models: int, runtime: Runtime) -> dict[str, Tensor]:
+def _train(
+    problem: Problem, models: int, runtime: Runtime, store: Store | None, key: str
+) -> Shadows:
     train, test, recipe = problem.train, problem.test, problem.recipe
     assert test is not None
     both = isinstance(recipe, SupervisedRecipe) and recipe.data.fingerprint() == train.fingerprint()
@@ -122,16 +109,21 @@ def _train(problem: Problem, models: int, runtime: Runtime) -> dict[str, Tensor]
         pool.train = train.joined(test)
         pool.recipe = replace(recipe, data=pool.train)
     masks = random_masks(models, len(pool.train), SHARE, runtime)
-    keeps = [pool.train.ids[mask] for mask in masks]
-    seeds = [runtime.seed_for("shadow", k) for k in range(models)]
-    odds = [
-        torch.cat([odds_of(problem, model, data, runtime) for data in (train, test)])
-        for model in train_many(pool, keeps, seeds, runtime, task="shadow models")
-    ]
+    jobs = [Job(pool.train.ids[m], runtime.seed_for("shadow", k)) for k, m in enumerate(masks)]
+
+    def ask(k: int, model: nn.Module) -> Answer:
+        said = [odds_of(problem, model, data, runtime) for data in (train, test)]
+        return {"odds": torch.cat(said)}
+
+    keys = [content_key([key, k]) for k in range(models)]
+    answers = ask_many(
+        pool, jobs, ask, runtime, kind="shadow-odds", task="shadow models", keys=keys, store=store
+    )
     if not both:
         spared = replace(runtime, seed=runtime.seed_for("spared"))
         masks = torch.cat([masks, random_masks(models, len(test), SHARE, spared)], 1)
-    return {"masks": masks, "odds": torch.stack(odds), "both": torch.tensor(both)}
+    odds = torch.stack([a["odds"] for a in answers])
+    return Shadows(masks, odds, train.ids, test.ids, both)
 
 
 @torch.no_grad()
@@ -148,12 +140,3 @@ def odds_of(
         parts.append(margin_each(logits.double(), batch.y.cpu()).float())
         runtime.cost.samples += len(batch)
     return torch.cat(parts)
-
-
-def trained_on(
-    problem: Problem, keeps: list[Tensor], seeds: list[int], runtime: Runtime, task: str
-) -> Iterator[tuple[int, nn.Module]]:
-    """Yield number and model of trainings on sets of ids, those of one size together."""
-    order = sorted(range(len(keeps)), key=lambda k: len(keeps[k]))
-    made = train_many(problem, [keeps[k] for k in order], [seeds[k] for k in order], runtime, task)
-    yield from zip(order, made, strict=True)

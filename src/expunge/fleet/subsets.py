@@ -6,19 +6,20 @@ What data attribution by regression rests on. Dear once a recipe and data; it se
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Data
-from expunge.core.errors import NeedsError, SettingError
+from expunge.core.errors import SettingError
 from expunge.core.hashing import content_key
 from expunge.core.problem import Problem
 from expunge.core.runtime import Runtime
-from expunge.fleet.executors import Executor, Together, chosen, in_order
-from expunge.fleet.jobs import Done, Job, described, fleet_keys
+from expunge.fleet.asked import ask_many, needs_recipe, trained
+from expunge.fleet.executors import Executor, in_order
+from expunge.fleet.jobs import Job, fleet_keys
 
 if TYPE_CHECKING:
     from expunge.store import Store
@@ -97,28 +98,14 @@ def train_on_subsets(
         Job(problem.train.ids[mask], runtime.seed_for("subset model", k))
         for k, mask in enumerate(masks)
     ]
-    _recipe(problem)
-    outputs: dict[int, Tensor] = {}
-    keys = [] if store is None else _output_keys(problem, jobs, runtime, validation)
-    for k, key in enumerate(keys):
-        found = store.find("outputs", key) if store is not None else None
-        if store is not None and found is not None:
-            outputs[k] = store.tensors(found)["outputs"]
-    missing = [k for k in range(models) if k not in outputs]
-    with runtime.task("subsets", models) as progress:
-        progress.advance(len(outputs))
-        for done in _run(problem, [jobs[k] for k in missing], runtime, executor):
-            k = missing[done.index]
-            outputs[k] = outputs_of(problem, done.model, runtime, validation)
-            if store is not None:
-                record = {"problem": problem.name, **described(jobs[k]), "seed": jobs[k].seed}
-                store.put_run(
-                    kind="outputs", key=keys[k], record=record | {"cost": asdict(done.cost)},
-                    tensors={"outputs": outputs[k]},
-                )  # fmt: skip
-            progress.advance()
+    needs_recipe(problem)
+    answers = ask_many(
+        problem, jobs, lambda _, model: {"outputs": outputs_of(problem, model, runtime, validation)},
+        runtime, kind="outputs", task="subsets", store=store, executor=executor,
+        keys=[] if store is None else _output_keys(problem, jobs, runtime, validation),
+    )  # fmt: skip
     ids = torch.cat([data.ids for data in known_inputs(problem, validation)])
-    stacked = torch.stack([outputs[k] for k in range(models)])
+    stacked = torch.stack([a["outputs"] for a in answers])
     return Subsets(masks, stacked, problem.train.ids.clone(), ids)
 
 
@@ -145,29 +132,11 @@ def train_many(
         NeedsError: the problem has no recipe.
     """
     jobs = [Job(keep, seed) for keep, seed in zip(keeps, seeds, strict=True)]
-    _recipe(problem)
+    needs_recipe(problem)
     with runtime.task(task, len(keeps)) as progress:
-        for done in in_order(_run(problem, jobs, runtime, executor)):
+        for done in in_order(trained(problem, jobs, runtime, executor)):
             progress.advance()
             yield done.model
-
-
-def _run(
-    problem: Problem, jobs: Sequence[Job], runtime: Runtime, engine: str | Executor | None
-) -> Iterator[Done]:
-    """Train jobs without a store, and count what they read."""
-    by_default = Together(where_quicker=True)
-    for done in chosen(engine, runtime, by_default).run(problem, jobs, runtime):
-        runtime.cost.samples += done.cost.samples
-        runtime.cost.gradients += done.cost.gradients
-        yield done
-
-
-def _recipe(problem: Problem) -> None:
-    if problem.recipe is None:
-        raise NeedsError(
-            "trainings on subsets need to know how the model was trained; pass recipe="
-        )
 
 
 def _output_keys(

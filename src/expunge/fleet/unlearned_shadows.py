@@ -8,19 +8,25 @@ the others too, and its size would tell.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import UnchangedError
+from expunge.core.hashing import content_key
 from expunge.core.method import Method, unlearn
 from expunge.core.outcome import Cost
 from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
-from expunge.fleet.shadows import SHARE, odds_of, trained_on
-from expunge.fleet.subsets import random_masks, train_many
+from expunge.fleet.asked import Answer, ask_many
+from expunge.fleet.jobs import Job
+from expunge.fleet.shadows import SHARE, odds_of
+from expunge.fleet.subsets import random_masks
+
+if TYPE_CHECKING:
+    from expunge.store import Store
 
 
 class Plan(NamedTuple):
@@ -73,7 +79,13 @@ def plan(
 
 
 def run_on_shadows(
-    problem: Problem, pool: Tensor, method: Method | None, drawn: Plan, runtime: Runtime
+    problem: Problem,
+    pool: Tensor,
+    method: Method | None,
+    drawn: Plan,
+    runtime: Runtime,
+    store: Store | None = None,
+    key: str = "",
 ) -> dict[str, Tensor]:
     """Train models and make each forget what the plan says.
 
@@ -85,52 +97,71 @@ def run_on_shadows(
         method: what is run; None leaves the models as they are.
         drawn: the plan.
         runtime: seeds, device and progress.
+        store: where what each model said is looked up and kept.
+        key: content key of all this.
 
     Returns:
         `before` [K, P] and `after` [K·R, P]: log-odds of the true label; `kept_before` [K] and
         `kept_after` [K·R]: accuracies on the training samples that a run keeps.
 
     Raises:
-        ExpungeError: a training or the method failed.
+        ExpungeError: a training or the method failed; what was said before is kept.
     """
-    models = len(drawn.keeps)
-    draws = len(drawn.forgot) // models
-    seeds = [runtime.seed_for("unlearned shadow", k) for k in range(models)]
-    before, after, right, right_after = [], [], [], []
-    for k, model in enumerate(train_many(problem, drawn.keeps, seeds, runtime, "shadow models")):
-        before.append(odds_of(problem, model, problem.train, runtime, pool))
+    draws = len(drawn.forgot) // len(drawn.keeps)
+
+    def ask(k: int, model: nn.Module) -> Answer:
+        seen = drawn.keeps[k]
+        after: list[Tensor] = []
+        right: list[float] = []
         for row in range(k * draws, (k + 1) * draws):
-            seen, gone = drawn.keeps[k], pool[drawn.forgot[row]]
+            gone = pool[drawn.forgot[row]]
             rest = seen[~torch.isin(seen, gone)]
-            if row == k * draws:
+            if not right:
+                before = odds_of(problem, model, problem.train, runtime, pool)
                 right.append(_accuracy(problem, model, rest, runtime))
             done = model
             if method is not None and len(gone):
                 done = _unlearned(problem, model, seen, gone, method, runtime, row)
             after.append(odds_of(problem, done, problem.train, runtime, pool))
-            right_after.append(_accuracy(problem, done, rest, runtime))
-    return {
-        "before": torch.stack(before),
-        "after": torch.stack(after),
-        "kept_before": torch.tensor(right),
-        "kept_after": torch.tensor(right_after),
-    }
+            right.append(_accuracy(problem, done, rest, runtime))
+        return {
+            "before": before[None], "after": torch.stack(after),
+            "kept_before": torch.tensor(right[:1]), "kept_after": torch.tensor(right[1:]),
+        }  # fmt: skip
+
+    jobs = [
+        Job(keep, runtime.seed_for("unlearned shadow", k)) for k, keep in enumerate(drawn.keeps)
+    ]
+    said = ask_many(
+        problem, jobs, ask, runtime, kind="unlearned-shadow", task="shadow models",
+        keys=[content_key([key, k]) for k in range(len(jobs))], store=store,
+    )  # fmt: skip
+    return {name: torch.cat([s[name] for s in said]) for name in said[0]}
 
 
 def retrained_shadows(
-    problem: Problem, pool: Tensor, drawn: Plan, runtime: Runtime
+    problem: Problem,
+    pool: Tensor,
+    drawn: Plan,
+    runtime: Runtime,
+    store: Store | None = None,
+    key: str = "",
 ) -> dict[str, Tensor]:
     """What models trained without what each one's first run forgets say: `retrained` [K, P]."""
-    models = len(drawn.keeps)
-    draws = len(drawn.forgot) // models
-    without = [
-        keep[~torch.isin(keep, pool[drawn.forgot[k * draws]])] for k, keep in enumerate(drawn.keeps)
+    draws = len(drawn.forgot) // len(drawn.keeps)
+    jobs = [
+        Job(
+            keep[~torch.isin(keep, pool[drawn.forgot[k * draws]])],
+            runtime.seed_for("retrained shadow", k),
+        )
+        for k, keep in enumerate(drawn.keeps)
     ]
-    seeds = [runtime.seed_for("retrained shadow", k) for k in range(models)]
-    found = torch.zeros(models, len(pool))
-    for k, model in trained_on(problem, without, seeds, runtime, "shadow models, retrained"):
-        found[k] = odds_of(problem, model, problem.train, runtime, pool)
-    return {"retrained": found}
+    said = ask_many(
+        problem, jobs, lambda _, model: {"odds": odds_of(problem, model, problem.train, runtime, pool)},
+        runtime, kind="retrained-shadow", task="shadow models, retrained",
+        keys=[content_key([key, k]) for k in range(len(jobs))], store=store,
+    )  # fmt: skip
+    return {"retrained": torch.stack([s["odds"] for s in said])}
 
 
 def _unlearned(

@@ -85,8 +85,8 @@ def test_the_population_is_apart_from_the_non_members(world):
 
     def parts(request, who):
         (s,) = w.subjects(w.logits(), request=request)
-        at, population = parted(s, ground(s, [], who, 4, Runtime()), Runtime())
-        return at.places, population
+        at = parted(s, ground(s, [], who, 4, Runtime()), Runtime())
+        return at.places, at.population
 
     for who in ("matched", "test"):
         places, population = parts(Request(ids=tuple(range(60))), who)

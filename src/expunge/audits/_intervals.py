@@ -56,6 +56,14 @@ def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
+def components(positives: np.ndarray, negatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """DeLong's structural components V [n] and W [m]: shares of the other side below, and above."""
+    order_n, order_p = np.sort(negatives), np.sort(positives)
+    below = np.searchsorted(order_n, positives) + np.searchsorted(order_n, positives, "right")
+    above = np.searchsorted(order_p, negatives) + np.searchsorted(order_p, negatives, "right")
+    return below / (2 * len(negatives)), 1 - above / (2 * len(positives))
+
+
 def auc_interval(positives: np.ndarray, negatives: np.ndarray) -> tuple[float, float]:
     r"""95 % interval of an AUC from its structural components (DeLong 1988).
 
@@ -67,15 +75,7 @@ def auc_interval(positives: np.ndarray, negatives: np.ndarray) -> tuple[float, f
         variance is zero; then the rule of three over the smaller side gives the width (half of it
         for ties, which count one half).
     """
-    order_n, order_p = np.sort(negatives), np.sort(positives)
-    below = np.searchsorted(order_n, positives, "left") + np.searchsorted(
-        order_n, positives, "right"
-    )
-    above = np.searchsorted(order_p, negatives, "left") + np.searchsorted(
-        order_p, negatives, "right"
-    )
-    v = below / (2 * len(negatives))
-    w = 1 - above / (2 * len(positives))
+    v, w = components(positives, negatives)
     value = float(v.mean())
     spread = sum(x.var(ddof=1) / len(x) if len(x) > 1 else 0.25 for x in (v, w))
     half = Z95 * math.sqrt(spread)

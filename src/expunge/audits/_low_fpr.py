@@ -105,28 +105,28 @@ def roc(members: Array, outside: Array, points: int = 60) -> dict[str, Any]:
     from expunge.audits._intervals import auc
 
     upward = auc(members, outside) >= 0.5
-    a, b = (members, outside) if upward else (-members, -outside)
-    ordered = np.sort(b)[::-1]
-    m = len(b)
+    m = len(outside)
     counts = np.unique(np.geomspace(1, m, points).round().astype(int))
-    cuts = [ordered[k] if k < m else -np.inf for k in counts]
-    rank = np.sort(a)
-    tpr = [(len(a) - np.searchsorted(rank, cut, "right")) / len(a) for cut in cuts]
     return {
         "fpr": (counts / m).tolist(),
-        "tpr": [float(t) for t in tpr],
+        "tpr": _passing(members, outside, counts, upward),
         "side": "member" if upward else "other",
     }
 
 
 def tpr_on(grid: dict[str, Any], members: Array, outside: Array) -> list[float]:
     """Another model's curve toward the same side and at the same rates as `grid`."""
-    a, b = (members, outside) if grid["side"] == "member" else (-members, -outside)
-    ordered, m = np.sort(b)[::-1], len(b)
-    rank = np.sort(a)
-    counts = [round(f * m) for f in grid["fpr"]]
-    cuts = [ordered[k] if k < m else -np.inf for k in counts]
-    return [float((len(a) - np.searchsorted(rank, cut, "right")) / len(a)) for cut in cuts]
+    counts = np.round(np.array(grid["fpr"]) * len(outside)).astype(int)
+    return _passing(members, outside, counts, grid["side"] == "member")
+
+
+def _passing(
+    members: Array, outside: Array, counts: npt.NDArray[np.int_], upward: bool
+) -> list[float]:
+    """Share of members beyond thresholds that so many non-members pass at most."""
+    a, b = (members, outside) if upward else (-members, -outside)
+    cuts = np.append(np.sort(b)[::-1], -np.inf)[counts]
+    return ((len(a) - np.searchsorted(np.sort(a), cuts, "right")) / len(a)).tolist()
 
 
 def clustered_auc(
@@ -150,15 +150,9 @@ def clustered_auc(
     """
     from scipy.special import stdtrit
 
-    from expunge.audits._intervals import auc_interval
+    from expunge.audits._intervals import auc_interval, components
 
-    order_n, order_p = np.sort(negatives), np.sort(positives)
-    v = (
-        np.searchsorted(order_n, positives, "left") + np.searchsorted(order_n, positives, "right")
-    ) / (2 * len(negatives))
-    w = 1 - (
-        np.searchsorted(order_p, negatives, "left") + np.searchsorted(order_p, negatives, "right")
-    ) / (2 * len(positives))
+    v, w = components(positives, negatives)
     value = float(v.mean())
     clusters = np.unique(np.concatenate([of_positive, of_negative]))
     count = len(clusters)

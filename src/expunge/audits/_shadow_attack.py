@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +14,22 @@ from expunge.audits._intervals import Z95, two_sided
 from expunge.audits._low_fpr import roc, too_few, tpr_on, true_alarms
 from expunge.audits._members import Places, auc_finding, constant, nonmembers, sides
 from expunge.audits._splits import FEWEST, one_class, unusable
-from expunge.core.audit import Finding, Subject, against
+from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.errors import NeedsError
+from expunge.core.needs import Needs
 from expunge.core.runtime import Runtime
+from expunge.core.settings import setting
 from expunge.fleet.shadows import Shadows, shadows
 from expunge.train.losses import margin_each
 
 Array = npt.NDArray[np.float64]
 Score = Callable[[Subject, str], Array]
+Variant = Literal["offline", "online"]
+
+NOT_ONLINE = (
+    "the recipe cannot be run on test data, so no model is known that saw a non-member; "
+    "the offline attack does without"
+)
 
 FAR = 6.0
 """Standard deviations from which a model's log-odds on unseen data are another recipe's."""
@@ -35,6 +44,59 @@ class Ground:
     shadows: Shadows
     references: Sequence[Subject]
     strangers: str | None
+    population: Places = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShadowAttack(Audit):
+    """Base of attacks that are made in variants, online and offline, on one set of shadow models."""
+
+    domain: ClassVar[str] = "classification"
+
+    variants: tuple[Variant, ...] = setting(("online", "offline"), "attacks to make")
+    models: int = setting(64, "shadow models K, each on half of the data; all such audits share them", low=4, source="LiRA: 16 to 256; RMIA: 1 to 254")  # fmt: skip
+    fprs: tuple[float, ...] = setting(
+        (0.1, 0.01, 0.001), "false-alarm rates α, both tails together", above=0, high=0.5
+    )
+    nonmembers: Literal["matched", "test"] = setting(
+        "matched", "matched: test samples with the forget set's class shares; test: all of them"
+    )
+
+    @property
+    def needs(self) -> Needs:
+        """Both sides with labels, logits, and the recipe for the shadow models."""
+        return Needs(
+            forget=True, retain=True, labels="all", recipe=True, models=2,
+            capabilities=frozenset({"logits"}),
+        )  # fmt: skip
+
+    def run(
+        self, subject: Subject, references: Sequence[Subject], runtime: Runtime
+    ) -> list[Finding]:
+        """Attack subject, original and references with one set of shadow models."""
+        at = ground(subject, references, self.nonmembers, self.models, runtime)
+        if isinstance(at, Ground):
+            at = self._parted(subject, at, runtime)
+        found: list[Finding] = []
+        for variant in self.variants:
+            if isinstance(at, str):
+                made: list[Finding] | str = at
+            elif variant == "online" and not at.shadows.both:
+                made = NOT_ONLINE
+            else:
+                made = self._attack(variant, subject, at)
+            if isinstance(made, str):
+                made = [Finding(f"{self.name}/auc-{variant}", None, reason=made)]
+            found += made
+        return found
+
+    def _parted(self, subject: Subject, at: Ground, runtime: Runtime) -> Ground | str:
+        """The ground, with what else the attack takes from it; or why that cannot be had."""
+        return at
+
+    def _attack(self, variant: Variant, subject: Subject, at: Ground) -> list[Finding] | str:
+        """Findings of one variant, or why there are none."""
+        raise NotImplementedError
 
 
 def ground(

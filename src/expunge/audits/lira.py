@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -10,15 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from expunge.audits._shadow_attack import Ground, auc_and_rates, ground, odds
-from expunge.core.audit import Audit, Finding, Subject
-from expunge.core.needs import Card, Deviation, Needs
-from expunge.core.runtime import Runtime
+from expunge.audits._shadow_attack import Ground, ShadowAttack, Variant, auc_and_rates, odds
+from expunge.core.audit import Finding, Subject
+from expunge.core.needs import Card, Deviation
 from expunge.core.settings import setting
 from expunge.fleet.shadows import Shadows
 
 Array = npt.NDArray[np.float64]
-Variant = Literal["online", "offline"]
 
 PER_SAMPLE = 64
 """Shadow models from which on each sample has a variance of its own; the paper's choice."""
@@ -34,7 +31,7 @@ class Fit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LiRA(Audit):
+class LiRA(ShadowAttack):
     r"""Likelihood-ratio attack with shadow models, beside the same attack on retrained models.
 
     With the log-odds \(\varphi\) of the true label, \(\mathcal N(\mu_{in}, \sigma_{in})\) those of shadow
@@ -46,7 +43,6 @@ class LiRA(Audit):
     """
 
     name: ClassVar[str] = "lira"
-    domain: ClassVar[str] = "classification"
     card: ClassVar[Card] = Card(
         title="Membership Inference Attacks From First Principles",
         authors="Carlini, Chien, Nasr, Song, Terzis, Tramèr",
@@ -77,50 +73,12 @@ class LiRA(Audit):
         ),
     )
 
-    variants: tuple[Variant, ...] = setting(("online", "offline"), "attacks to make")
-    models: int = setting(64, "shadow models K, each on half of the data", low=4, source="paper: 16 to 256")  # fmt: skip
     variance: Literal["auto", "sample", "pooled"] = setting(
         "auto", "of each sample, or one for all; auto: one below 64 models", source="official code"
     )
-    fprs: tuple[float, ...] = setting(
-        (0.1, 0.01, 0.001), "false-alarm rates α, both tails together", above=0, high=0.5
-    )
-    nonmembers: Literal["matched", "test"] = setting(
-        "matched", "matched: test samples with the forget set's class shares; test: all of them"
-    )
-
-    @property
-    def needs(self) -> Needs:
-        """Both sides with labels, logits, and the recipe for the shadow models."""
-        return Needs(
-            forget=True, retain=True, labels="all", recipe=True, models=2,
-            capabilities=frozenset({"logits"}),
-        )  # fmt: skip
-
-    def run(
-        self, subject: Subject, references: Sequence[Subject], runtime: Runtime
-    ) -> list[Finding]:
-        """Attack subject, original and references with one set of shadow models."""
-        at = ground(subject, references, self.nonmembers, self.models, runtime)
-        if isinstance(at, str):
-            return [Finding(f"lira/auc-{v}", None, reason=at) for v in self.variants]
-        found = []
-        for variant in self.variants:
-            made = self._attack(variant, subject, at)
-            found += (
-                [Finding(f"lira/auc-{variant}", None, reason=made)]
-                if isinstance(made, str)
-                else made
-            )
-        return found
 
     def _attack(self, variant: Variant, subject: Subject, at: Ground) -> list[Finding] | str:
         made = at.shadows
-        if variant == "online" and not made.both:
-            return (
-                "the recipe cannot be run on test data, so no model is known that saw a non-member; "
-                "the offline attack does without"
-            )
         pooled = self.variance == "pooled" or (
             self.variance == "auto" and len(made.masks) < PER_SAMPLE
         )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,20 +12,19 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from expunge.audits._members import Places
-from expunge.audits._shadow_attack import Ground, auc_and_rates, ground, odds
+from expunge.audits._shadow_attack import Ground, ShadowAttack, Variant, auc_and_rates, odds
 from expunge.audits._splits import FEWEST
-from expunge.core.audit import Audit, Finding, Subject
-from expunge.core.needs import Card, Deviation, Needs
+from expunge.core.audit import Finding, Subject
+from expunge.core.needs import Card, Deviation
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.fleet.shadows import Shadows
 
 Array = npt.NDArray[np.float64]
-Variant = Literal["offline", "online"]
 
 
 @dataclass(frozen=True)
-class RMIA(Audit):
+class RMIA(ShadowAttack):
     r"""Robust membership inference: a sample's likelihood ratio against those of a population.
 
     With \(p(x)\) the probability of the true label and \(\bar p(x)\) what models give it on average,
@@ -38,7 +36,6 @@ class RMIA(Audit):
     """
 
     name: ClassVar[str] = "rmia"
-    domain: ClassVar[str] = "classification"
     card: ClassVar[Card] = Card(
         title="Low-Cost High-Power Membership Inference Attacks",
         authors="Zarifzadeh, Liu, Shokri",
@@ -65,53 +62,14 @@ class RMIA(Audit):
         ),
     )
 
-    variants: tuple[Variant, ...] = setting(("online", "offline"), "attacks to make")
-    models: int = setting(64, "shadow models K, each on half of the data; shared with lira", low=2, source="paper: 1 to 254")  # fmt: skip
     gamma: float = setting(1.0, "γ, by how much a population sample is to be beaten", above=0, source="official code; 2 in the paper")  # fmt: skip
     a: float = setting(0.3, "a of the offline average, 0 … 1", low=0, high=1, source="paper, CIFAR-10")  # fmt: skip
-    fprs: tuple[float, ...] = setting(
-        (0.1, 0.01, 0.001), "false-alarm rates α, both tails together", above=0, high=0.5
-    )
-    nonmembers: Literal["matched", "test"] = setting(
-        "matched", "matched: test samples with the forget set's class shares; test: all of them"
-    )
 
-    @property
-    def needs(self) -> Needs:
-        """Both sides with labels, logits, and the recipe for the shadow models."""
-        return Needs(
-            forget=True, retain=True, labels="all", recipe=True, models=2,
-            capabilities=frozenset({"logits"}),
-        )  # fmt: skip
+    def _parted(self, subject: Subject, at: Ground, runtime: Runtime) -> Ground | str:
+        return parted(subject, at, runtime)
 
-    def run(
-        self, subject: Subject, references: Sequence[Subject], runtime: Runtime
-    ) -> list[Finding]:
-        """Attack subject, original and references with one set of shadow models."""
-        at = ground(subject, references, self.nonmembers, self.models, runtime)
-        parts = at if isinstance(at, str) else parted(subject, at, runtime)
-        if isinstance(parts, str):
-            return [Finding(f"rmia/auc-{v}", None, reason=parts) for v in self.variants]
-        at, population = parts
-        found = []
-        for variant in self.variants:
-            made = self._attack(variant, subject, at, population)
-            found += (
-                [Finding(f"rmia/auc-{variant}", None, reason=made)]
-                if isinstance(made, str)
-                else made
-            )
-        return found
-
-    def _attack(
-        self, variant: Variant, subject: Subject, at: Ground, population: Places
-    ) -> list[Finding] | str:
-        made = at.shadows
-        if variant == "online" and not made.both:
-            return (
-                "the recipe cannot be run on test data, so no model is known that saw a non-member; "
-                "the offline attack does without"
-            )
+    def _attack(self, variant: Variant, subject: Subject, at: Ground) -> list[Finding] | str:
+        made, population = at.shadows, at.population
         fewest = int((~made.masks).sum(0).min())
         if variant == "online":
             fewest = min(fewest, int(made.masks.sum(0).min()))
@@ -147,11 +105,11 @@ def _with(finding: Finding, **facts: float) -> Finding:
     return finding
 
 
-def parted(subject: Subject, at: Ground, runtime: Runtime) -> tuple[Ground, Places] | str:
+def parted(subject: Subject, at: Ground, runtime: Runtime) -> Ground | str:
     """Part test samples into non-members and population.
 
     Returns:
-        The ground, perhaps with half of its non-members, and the population; or why it cannot be.
+        The ground with its population, perhaps with half of its non-members; or why it cannot be.
     """
     classes = subject.whole.labels("forget-train").unique()
     free: Places = {}
@@ -165,7 +123,7 @@ def parted(subject: Subject, at: Ground, runtime: Runtime) -> tuple[Ground, Plac
             free[split] = left.nonzero().flatten()
     taken = sum(map(len, at.places.values()))
     if sum(map(len, free.values())) >= max(FEWEST, taken // 2):
-        return at, free
+        return replace(at, population=free)
     if taken < 2 * FEWEST:
         return f"only {taken} non-members, {2 * FEWEST} are needed: half of them are the population"
     generator = runtime.generator("rmia", "population")
@@ -176,7 +134,7 @@ def parted(subject: Subject, at: Ground, runtime: Runtime) -> tuple[Ground, Plac
         kept[split] = order[:half].sort().values
         free[split] = torch.cat([free.get(split, order[:0]), order[half:]]).sort().values
     how = f"half of {at.how}; the others are the population"
-    return replace(at, places={s: p for s, p in kept.items() if len(p)}, how=how), free
+    return replace(at, places={s: p for s, p in kept.items() if len(p)}, how=how, population=free)
 
 
 def log_average(made: Shadows, a: float | None) -> Tensor:

@@ -209,15 +209,7 @@ def _put_plan(
     problem: Problem, jobs: Sequence[Job], keys: Sequence[str], store: Store, name: str
 ) -> str:
     """Keep the list of jobs, with who is in each training, before any of them."""
-    settings = getattr(problem.recipe, "settings", dict)
-    record = {
-        "problem": problem.name,
-        "source": problem.source,
-        "name": name,
-        "recipe": settings(),
-        "packages": package_versions(),
-        "jobs": rows(jobs, keys),
-    }
+    record = {**_shared(problem), "name": name, "jobs": rows(jobs, keys)}
     tensors = {"ids": problem.train.ids.clone(), "kept": kept_masks(problem, jobs)}
     # which model was begun with is of no account to a recipe
     key = content_key(["fleet", name, *zip([job.role for job in jobs], keys, strict=True)])

@@ -31,6 +31,8 @@ _PUBLIC = {
     "ExpungeError": "expunge.core.errors",
     "Finding": "expunge.core.audit",
     "Method": "expunge.core.method",
+    "MultiLabel": "expunge.problems.multi_label",
+    "MultiLabelRecipe": "expunge.train.recipe",
     "Needs": "expunge.core.needs",
     "Outcome": "expunge.core.outcome",
     "Problem": "expunge.core.problem",

@@ -41,6 +41,7 @@ FORMS = {
     "concept": "a style",
     "user": ("u1",),
     "item": (7,),
+    "identity": ("F0001_D_18",),
     "nodes": (4, 5),
     "edges": ((1, 2), (2, 3)),
 }
@@ -163,10 +164,26 @@ def test_nothing_and_everything_are_refused(data):
         Request(fraction=0.99).resolve(data)
 
 
-@pytest.mark.parametrize("form", ["texts", "concept", "user", "item", "nodes", "edges"])
+@pytest.mark.parametrize("form", ["texts", "concept", "user", "item", "identity", "nodes", "edges"])
 def test_forms_of_other_data_are_refused_by_name(data, form):
     with pytest.raises(RequestError, match=form):
         Request(**{form: FORMS[form]}).resolve(data)
+
+
+def test_people_and_things_are_named_by_their_column():
+    columns = {"identity": ["ann", "ben", "ann", "cy"], "user": [7, 8, 9, 70], "item": [1, 1, 2, 2]}
+    data = Data(torch.zeros(4, 1), ids=[5, 3, 9, 1], columns=columns)
+    assert Request(identity="ann").resolve(data).tolist() == [5, 9]
+    assert str(Request(identity="ann")) == "identity ann"
+    assert str(Request(identity=range(4))) == "4 identities"
+    assert Request(identity=["cy", "ben"]).resolve(data).tolist() == [1, 3]
+    assert Request(user=7).resolve(data).tolist() == [5]  # and not 70
+    assert Request(user="7").resolve(data).tolist() == [5]  # from a command line
+    assert Request(item=[1]).resolve(data).tolist() == [3, 5]
+    with pytest.raises(RequestError, match="identity 'dan'"):
+        Request(identity=["ann", "dan"]).resolve(data)
+    with pytest.raises(RequestError, match=r"no such column .*id"):
+        Request(identity="ann").resolve(Data(torch.zeros(2, 1)))
 
 
 def test_fractions_are_drawn_by_seed_and_have_the_right_size(data):

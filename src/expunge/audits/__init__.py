@@ -15,6 +15,7 @@ registry = Registry(
         "membership": "expunge.audits.membership:Membership",
         "privacy-score": "expunge.audits.privacy_score:PrivacyScore",
         "corrective": "expunge.audits.corrective:Corrective",
+        "nomus": "expunge.audits.nomus:NoMUS",
         "lira": "expunge.audits.lira:LiRA",
         "rmia": "expunge.audits.rmia:RMIA",
         "u-lira": "expunge.audits.u_lira:ULiRA",
@@ -44,6 +45,7 @@ registry = Registry(
 
 ASKED_FOR = (
     "corrective",
+    "nomus",
     "lira",
     "rmia",
     "u-lira",
@@ -56,7 +58,8 @@ ASKED_FOR = (
     "klom",
 )
 """Audits that train models anew, ask one many times over, want many models, are about pairs of answers
-that a method is to be given or about data that was manipulated, and so run only when they are named."""
+that a method is to be given, about data that was manipulated or about people of whom some were set apart, and so
+run only when they are named."""
 SUITES = {
     "standard": tuple(name for name in registry if name not in ASKED_FOR),
     "quick": ("accuracy", "regression-error", "memorisation", "cost"),

@@ -31,14 +31,39 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of a mean by Student's t; the value itself for one sample."""
-    from scipy.special import stdtrit
-
     mean = float(values.mean())
     if len(values) < 2:
         return mean, mean
-    t = float(stdtrit(len(values) - 1, 0.975))
-    half = t * float(values.std(ddof=1)) / math.sqrt(len(values))
+    half = t95(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+def clustered(values: np.ndarray, groups: np.ndarray) -> tuple[float, float, int]:
+    r"""A mean and its standard error where samples of one group belong together.
+
+    With residual sums \(e_g = \sum_{i \in g} (v_i - \bar v)\) of G groups:
+    \(\mathrm{SE}^2 = \frac{G}{G-1}\sum_g e_g^2 / n^2\) (Liang and Zeger 1986, for a mean).
+
+    Args:
+        values: [n].
+        groups: which group each is of [n]; of two groups at least.
+
+    Returns:
+        Mean, standard error, and degrees of freedom G − 1.
+    """
+    mean = float(values.mean())
+    _, places = np.unique(groups, return_inverse=True)
+    sums = np.bincount(places, values - mean)
+    count = len(sums)
+    spread = count / (count - 1) * float((sums**2).sum())
+    return mean, math.sqrt(spread) / len(values), count - 1
+
+
+def t95(degrees: int) -> float:
+    """97.5 % point of Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, 0.975))
 
 
 def share_interval(values: np.ndarray) -> tuple[float, float]:

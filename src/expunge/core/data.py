@@ -284,7 +284,12 @@ class Data:
             if self._dataset is None
             else Subset(self._dataset, places.tolist())
         )  # fmt: skip
-        return Data(source, **self._kept(places))
+        part = Data(source, **self._kept(places))
+        if self._labels_known or getattr(self._dataset, "targets", None) is not None:
+            # a subset does not hand its labels on, and reading them opens every image
+            part._labels = None if self.labels is None else self.labels[places]
+            part._labels_known = True
+        return part
 
     def joined(self, other: Data) -> Data:
         """Return these samples and then another's as one, under new ids 0, 1, …, without columns."""

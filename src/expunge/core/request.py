@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import datetime as dt
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,7 +17,10 @@ from expunge.core.data import Data
 from expunge.core.errors import RequestError
 from expunge.core.hashing import content_key, plain
 
-_FORMS = ("ids", "label", "where", "fraction", "texts", "concept", "user", "item", "nodes", "edges")
+COLUMN_FORMS = ("user", "item", "identity")
+"""Forms that name values of the column of that name: all samples of some people or things."""
+_PLURAL = {"user": "users", "item": "items", "identity": "identities"}
+_FORMS = ("ids", "label", "where", "fraction", "texts", "concept", *COLUMN_FORMS, "nodes", "edges")
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Request:
 
     `ids`: stable ids or outside names. `label`: one class or several. `where`: an expression over
     the data's columns, e.g. `"label == 3 and id < 100"`, or a range of targets, `"2 < y <= 5"`.
-    `fraction`: a share of random samples drawn with `seed`. `texts`, `concept`, `user`, `item`, `nodes`, `edges` are for kinds of
-    problem whose data knows them.
+    `fraction`: a share of random samples drawn with `seed`. `identity`, `user`, `item`: all samples whose column of
+    that name holds one of the values. `texts`, `concept`, `nodes`, `edges` are for kinds of problem whose data knows them.
     """
 
     ids: tuple[int | str, ...] | None = None
@@ -38,6 +41,7 @@ class Request:
     concept: str | None = None
     user: tuple[int | str, ...] | None = None
     item: tuple[int | str, ...] | None = None
+    identity: tuple[int | str, ...] | None = None
     nodes: tuple[int, ...] | None = None
     edges: tuple[tuple[int, int], ...] | None = None
     seed: int = 0
@@ -46,7 +50,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Normalise scalars to tuples and insist on exactly one form."""
-        for name in ("ids", "label", "texts", "user", "item", "nodes", "edges"):
+        for name in ("ids", "label", "texts", *COLUMN_FORMS, "nodes", "edges"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _tuple(value))
@@ -130,6 +134,8 @@ class Request:
             generator = torch.Generator().manual_seed(self.seed)
             drawn = torch.randperm(len(data), generator=generator)[:count]
             return data.ids.sort().values[drawn]  # whatever order the data is in
+        if self.form in COLUMN_FORMS:
+            return data.ids[torch.from_numpy(_having(data, self.form, getattr(self, self.form)))]
         raise RequestError(f"this kind of data cannot be selected by {self.form}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +172,9 @@ class Request:
         if self.form == "fraction":
             return f"{100 * value:g}% random samples, seed {self.seed}"
         if isinstance(value, tuple):
-            return f"{len(value)} {self.form}"
+            if self.form in COLUMN_FORMS and len(value) <= 3:
+                return f"{self.form} {', '.join(map(str, value))}"
+            return f"{len(value)} {_PLURAL.get(self.form, self.form)}"
         return f"{self.form} {value}"
 
 
@@ -181,6 +189,19 @@ def forget(**form: Any) -> Request:
     """
     now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     return Request.from_dict({"time": now, **form})
+
+
+def _having(data: Data, column: str, wanted: Sequence[int | str]) -> np.ndarray:
+    """Which samples have one of some values in a column [N]."""
+    values = data.columns.get(column)
+    if values is None:
+        there = ", ".join(sorted(data.table()))
+        raise RequestError(f"the data cannot be selected by {column}: it has no such column ({there})")  # fmt: skip
+    words, asked = values.astype(str), [str(w) for w in wanted]
+    missing = sorted(set(asked) - set(words.tolist()))
+    if missing:
+        raise RequestError(f"no sample of the data has {column} {missing[0]!r}")
+    return np.isin(words, asked)
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

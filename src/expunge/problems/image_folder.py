@@ -45,7 +45,7 @@ def read_image_folder(place: Path, split: str | None, reader: Reader) -> tuple[D
         raise DataError(f"{root} holds no images")
     numbers, classes = reader.number(folders, root)
     labels = torch.tensor([numbers[name.split("/", 1)[0]] for name in names])
-    files = _Files(root, names)
+    files = ImageFiles(root, names)
     first = None if reader.prepare else _readable(files, root)
     return Data(reader.images(files, labels, first, root), names=names), classes
 
@@ -55,10 +55,11 @@ def has_parts(place: Path) -> bool:
     return all((place / p).is_dir() and _subfolders(place / p) for p in ("train", "test"))
 
 
-class _Files:
-    """Image files below a folder."""
+class ImageFiles:
+    """Image files below a folder, read when asked for."""
 
     def __init__(self, root: Path, names: list[str]) -> None:
+        """Keep the folder and the files' paths relative to it."""
         self.root = root
         self.names = names
 
@@ -71,7 +72,7 @@ class _Files:
             return need("PIL.ImageOps").exif_transpose(image)
 
 
-def _readable(files: _Files, root: Path) -> Any:
+def _readable(files: ImageFiles, root: Path) -> Any:
     try:
         return files[0]
     except Exception as error:

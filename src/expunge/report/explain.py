@@ -195,6 +195,22 @@ def _known() -> dict[str, Explanation]:
             f"{words}, 0 to 1.",
             "Down." if what == "still-wrong" else "Up; a model retrained without the known part is not the goal.",
         )  # fmt: skip
+    found["nomus/score"] = Explanation(
+        "NoMUS",
+        "Mean of accuracy on other people and of how little forgotten people stand out from unseen ones, 0 to 1.",
+        "No verdict: one answer for everything may score as high as the original; read the two parts.",
+    )
+    found["nomus/mia"] = Explanation(
+        "forgotten against unseen people",
+        "Accuracy of telling them apart by the model's loss, two-sided, ½ (not at all) to 1."
+        + _SIDE,
+        "Toward the reference, not toward ½: they are different people to a retrained model as well.",
+    )
+    found["nomus/accuracy-retain-test"] = Explanation(
+        "accuracy on other people",
+        "Share right on people the model was not trained on, 0 to 1.",
+        _KEPT,
+    )
     for side, queries in (("forget", "forgotten"), ("retain", "kept")):
         for end, how in (
             ("", "a few-shot classifier"),

@@ -78,6 +78,8 @@ _RANGES = {
     "memorised-fraction/": (0.0, 1.0),
     "privacy-score/": (0.0, 1.0),
     "klom/": (0.0, math.inf),
+    "nomus/mia": (0.5, 1.0),
+    "nomus/": (0.0, 1.0),
     "divergence/": (0.0, math.inf),
     "prediction-matrix/": (0.0, 1.0),
     "weight-distance/": (0.0, math.inf),

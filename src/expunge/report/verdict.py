@@ -49,7 +49,7 @@ FLOOR, FLOOR_MEMBERSHIP = 0.02, 0.03
 """Gaps too small to matter, for accuracies and for AUCs."""
 ERRORS = "regression-error/"
 """Findings in which more is worse."""
-MEMBERSHIP = ("membership/", "residual-membership/", "lira/", "rmia/", "u-lira/")
+MEMBERSHIP = ("membership/", "residual-membership/", "lira/", "rmia/", "u-lira/", "nomus/mia")
 _SLACK = 1e-9  # 0.94 − 0.92 is a little more than 0.02 in binary
 
 
@@ -86,6 +86,12 @@ def judge(name: str, finding: Mapping[str, Any]) -> Judgement:
         return Judgement(
             "unjudged",
             f"{value:.3g}; retrained without the known part {reference:.3g}, which is not the goal",
+        )
+    if name == "nomus/score":
+        return Judgement(
+            "unjudged",
+            f"{value:.3g} beside {reference:.3g} for retrained models; one answer for everything may score as high, "
+            "so its two parts are judged",
         )
     if finding.get("direction") in ("down", "up"):
         return _distance(name, finding, value, reference)
@@ -315,7 +321,7 @@ def _toward(name: str, finding: Mapping[str, Any], value: float, reference: floa
     if kept(name):
         if (gap < 0) if name.startswith(ERRORS) else (gap > 0):
             return Judgement("matches", f"no worse than a retrained model ({numbers})")
-        if name.startswith(("accuracy/", ERRORS)):
+        if name.startswith(("accuracy/", "nomus/accuracy", ERRORS)):
             return Judgement("lost", f"utility on what was to be kept is lost ({numbers})")
         return Judgement("worse", f"kept data is treated otherwise than by retraining ({numbers})")
     original = finite(detail.get("original_auc") if signed else finding.get("original"))

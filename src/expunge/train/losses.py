@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax
 
 from expunge.core.errors import ModelError, SettingError
 
@@ -94,3 +94,23 @@ def margin_each(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -float("inf"))
     return own.squeeze(1) - others.logsumexp(1)
+
+
+def answers_of(code: Tensor, questions: int) -> Tensor:
+    """Answers [B, K] of yes (1) and no (0) in labels [B] whose bit k answers question k."""
+    places = torch.arange(questions, device=code.device)
+    return (code[:, None] >> places) & 1
+
+
+def questions_each(logits: Tensor, code: Tensor) -> Tensor:
+    r"""Mean binary cross-entropy [B] over K questions, in nats: \(\frac1K\sum_k \mathrm{BCE}(\sigma(z_k), b_k)\).
+
+    Args:
+        logits: [B, K].
+        code: labels [B], \(\sum_k 2^k b_k\).
+
+    Returns:
+        Values [B], bounded below by 0.
+    """
+    answers = answers_of(code, logits.shape[1]).to(logits.dtype)
+    return binary_cross_entropy_with_logits(logits, answers, reduction="none").mean(1)

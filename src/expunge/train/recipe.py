@@ -21,7 +21,7 @@ from expunge.core.runtime import Runtime
 from expunge.core.view import Source
 from expunge.problems.supervised import call
 from expunge.train.fit import Pass, fit
-from expunge.train.losses import one_a_sample, regression_each
+from expunge.train.losses import one_a_sample, questions_each, regression_each
 from expunge.train.method import cosine
 from expunge.train.restriction import RestrictionNorm, restricted
 from expunge.train.steps import StepName
@@ -258,6 +258,16 @@ class ClassifierRecipe(SupervisedRecipe):
         """Cross-entropy [B], in nats."""
         assert batch.y is not None
         return cross_entropy(call(model, batch), batch.y, reduction="none")
+
+
+@dataclass(frozen=True)
+class MultiLabelRecipe(SupervisedRecipe):
+    """Train on several yes-or-no questions; see `SupervisedRecipe` for the settings."""
+
+    def each_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean binary cross-entropy [B] over the questions, in nats."""
+        assert batch.y is not None
+        return questions_each(call(model, batch), batch.y)
 
 
 @dataclass(frozen=True)

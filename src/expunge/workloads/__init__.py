@@ -15,6 +15,7 @@ registry = Registry(
         "digits-range": "expunge.workloads.digits_range:digits_range",
         "digits-poison": "expunge.workloads.corrupted:digits_poison",
         "digits-confusion": "expunge.workloads.corrupted:digits_confusion",
+        "digits-people": "expunge.workloads.people:digits_people",
         "tinyfacts": "expunge.workloads.tinyfacts:tinyfacts",
         "tinyfacts-quick": "expunge.workloads.tinyfacts:tinyfacts_quick",
         "authors": "expunge.workloads.open_data:authors",
@@ -23,6 +24,7 @@ registry = Registry(
         "code-secrets": "expunge.workloads.open_data:code_secrets",
         "facts": "expunge.workloads.open_data:facts",
         "movielens-rating": "expunge.workloads.movielens:movielens_rating",
+        "movielens-people": "expunge.workloads.people:movielens_people",
     },
     group="expunge.workloads",
 )

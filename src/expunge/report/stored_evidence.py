@@ -135,8 +135,10 @@ def _subjects(run: Run, weights: str | Path | None) -> list[Mapping[str, Any]]:
     tensors = weights_of(found)
     if tensors not in (recorded, changed) or tensors is None:
         raise UserError(f"{weights} does not hold the weights of run {run.id}, nor its change")
-    files = [s for s in found if s["name"] != "weights"]
-    extra = [weights_subject(changed, "change")] if tensors == changed else []
+    files: list[Mapping[str, Any]] = [s for s in found if s["name"] != "weights"]
+    extra: list[Mapping[str, Any]] = []
+    if tensors == changed:
+        extra = [weights_subject(changed, "change")]
     return [*files, weights_subject(recorded), *extra]
 
 

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from expunge.core.errors import UserError
 from expunge.methods import registry
 from expunge.report import certificate
 from expunge.report.certificate_page import page, render_html, render_pdf
-from expunge.report.classes import CLASSES, FORBIDDEN, check_words, evidence_class
+from expunge.report.classes import CLASSES, FORBIDDEN, check_words, evidence_class, markdown
 from expunge.report.envelope import EnvelopeError, pae, seal
 from expunge.report.explain import KNOWN
 from expunge.report.keys import Key, KeySet
@@ -128,7 +129,13 @@ def _without_names(value):
 @pytest.mark.parametrize("kind", WEAKER)
 def test_the_table_itself_stays_within_its_class(kind):
     wording = CLASSES[kind]
-    parts = [wording.title, wording.means, *wording.may_say, *wording.may_not_say, *wording.rests_on]
+    parts = [
+        wording.title,
+        wording.means,
+        *wording.may_say,
+        *wording.may_not_say,
+        *wording.rests_on,
+    ]
     assert not any(FORBIDDEN.search(p) for p in parts)
     assert wording.may_say and wording.may_not_say and wording.rests_on
 
@@ -247,4 +254,11 @@ def test_the_pdf_is_set_from_data_not_commands(kind):
     pytest.importorskip("typst")
     envelope = certificate.issue(evidence(kind, problem='#panic("x") *a* $1$ \\ "'), KEY)
     data = render_pdf(envelope)
-    assert data.startswith(b"%PDF-") and data.count(b"/Type /Page\n") + data.count(b"/Type/Page") >= 1
+    assert (
+        data.startswith(b"%PDF-") and data.count(b"/Type /Page\n") + data.count(b"/Type/Page") >= 1
+    )
+
+
+def test_the_guide_prints_the_table_of_the_code():
+    guide = Path(__file__).parents[2] / "docs" / "certificates.md"
+    assert markdown() in guide.read_text()

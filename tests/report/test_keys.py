@@ -60,7 +60,9 @@ def test_the_first_rotated_and_revoked_key(keys):
     assert not ok and "was replaced" in why
     early = certificate.issue(evidence(), keys.signer(), issued="2020-01-01T00:00:00+00:00")
     assert "before the key" in holds(early, keys)[1]
-    assert "is no time" in holds(certificate.issue(evidence(), keys.signer(), issued="now"), keys)[1]
+    assert (
+        "is no time" in holds(certificate.issue(evidence(), keys.signer(), issued="now"), keys)[1]
+    )
     keys.revoke(old.id[:8], "laptop lost")
     ok, why = holds(before, keys)
     assert not ok and "revoked" in why and "laptop lost" in why

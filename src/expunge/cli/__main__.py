@@ -10,7 +10,9 @@ import typer
 
 from expunge.cli import (
     audits,
+    certificate,
     demo,
+    ledger,
     methods,
     push,
     report,
@@ -42,6 +44,8 @@ app.add_typer(audits.app, name="audits")
 app.add_typer(workloads.app, name="workloads")
 app.add_typer(suite.app, name="suite")
 app.add_typer(runs.app, name="runs")
+app.add_typer(certificate.app, name="certificate")
+app.add_typer(ledger.app, name="ledger")
 
 
 @app.callback()

@@ -1,0 +1,1 @@
+"""The deletion service: requests, their ledger, the durable work on them, and the API."""

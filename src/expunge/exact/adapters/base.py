@@ -67,15 +67,13 @@ def insert(model: nn.Module, group: str, maps: Mapping[str, Map]) -> None:
         maps: one for each name of a module.
 
     Raises:
-        SettingError: the name is taken or cannot be one, or no module is named.
+        SettingError: the name is taken or cannot be one.
         ModelError: a module is named twice.
     """
     if not re.fullmatch(r"[\w:/@+-]+", group) or hasattr(Maps(), group):
         raise SettingError(f"{group!r} cannot be the name of a group; use letters and digits")
     if group in groups(model):
         raise SettingError(f"the model has a group {group!r}; choose another name")
-    if not maps:
-        raise SettingError(f"no module is named for the group {group!r}")
     chosen = [model.get_submodule(name) for name in maps]
     if len({id(m) for m in chosen}) < len(chosen):
         raise ModelError("two of the names are of one module, which can take a map once a group")
@@ -100,7 +98,10 @@ def named(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Module]:
 
     Raises:
         ModelError: there is none of a name.
+        SettingError: no name is given.
     """
+    if not modules:
+        raise SettingError("no module is named for the adapter to act on")
     known = dict(model.named_modules(remove_duplicate=False))
     missing = [n for n in modules if n not in known]
     if missing:
@@ -247,14 +248,19 @@ def train_only(model: nn.Module, group: str, also: Collection[str] = ()) -> None
     own = parameters(model, group)
     if group not in active(model):
         raise SettingError(f"the group {group!r} is off and would not train; activate it first")
-    names = [n for n, _ in model.named_parameters() if f".{HOLDER}." not in f".{n}"]
-    inside = {a: [n for n in names if n == a or n.startswith(f"{a}.")] for a in also}
+    # a tied weight answers to all its names
+    base = {
+        n: p
+        for n, p in model.named_parameters(remove_duplicate=False)
+        if f".{HOLDER}." not in f".{n}"
+    }
+    inside = {a: [p for n, p in base.items() if n == a or n.startswith(f"{a}.")] for a in also}
     empty = [a for a, found in inside.items() if not found]
     if empty:
         raise SettingError(f"the model has no parameter {empty[0]!r} to train beside the group")
-    moving = {*own, *(n for found in inside.values() for n in found)}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in moving)
+    moving = {id(p) for found in (own.values(), *inside.values()) for p in found}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in moving)
 
 
 def merged(model: nn.Module) -> nn.Module:

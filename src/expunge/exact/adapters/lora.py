@@ -44,8 +44,10 @@ class LoRA:
     @classmethod
     def of(cls, given: Sequence[str]) -> Self:
         """Read `lora(R)` or `lora(R,ALPHA)`."""
-        rank, alpha = [*given, None][:2] if given else ("8", None)
-        return cls(int(rank or ""), None if alpha is None else float(alpha))
+        if not given:
+            return cls()
+        rank, alpha = given if len(given) > 1 else (given[0], None)
+        return cls(int(rank), None if alpha is None else float(alpha))
 
     @property
     def scale(self) -> float:

@@ -188,27 +188,29 @@ class SparseMap(Map):
 
     def delta(self, name: str) -> nn.Parameter:
         """Return the trainable δ of one parameter, a vector."""
-        return self.get_parameter(f"{name}_delta")
+        found: nn.Parameter = getattr(self, f"{name}_delta")
+        return found
 
     def index(self, name: str) -> Tensor:
         """Return the flat indices that δ belongs to, int32."""
-        return self.get_buffer(f"{name}_index")
+        found: Tensor = getattr(self, f"{name}_index")
+        return found
 
     def change(self, name: str, value: Tensor | None) -> Tensor | None:
         """Add δ, and what is held, at their coordinates."""
         if name not in self.names or value is None:
             return value
-        held = self.get_buffer(f"{name}_held_index")
+        held = getattr(self, f"{name}_held_index")
         if len(held):
-            value = _add(value, self.get_buffer(f"{name}_held_delta"), held)
+            value = _add(value, getattr(self, f"{name}_held_delta"), held)
         return _add(value, self.delta(name), self.index(name))
 
     def stored(self) -> dict[str, Tensor]:
         """Return indices in order, δ, and the hash of the base tensor; empty ones are left out."""
         found = {"threshold": torch.tensor(self.threshold, dtype=torch.float64)}
         for name in self.names:
-            index = torch.cat([self.index(name), self.get_buffer(f"{name}_held_index")]).cpu()
-            delta = torch.cat([self.delta(name).detach(), self.get_buffer(f"{name}_held_delta")])
+            index = torch.cat([self.index(name), getattr(self, f"{name}_held_index")]).cpu()
+            delta = torch.cat([self.delta(name).detach(), getattr(self, f"{name}_held_delta")])
             order = index.argsort()
             found[f"{name}_index"] = index[order].contiguous()
             found[f"{name}_delta"] = delta.cpu()[order].contiguous()
@@ -218,8 +220,8 @@ class SparseMap(Map):
     def keep(self, name: str, moving: Tensor) -> None:
         """Go on training only part of δ, and hold the rest where it is."""
         index, delta = self.index(name), self.delta(name).detach()
-        held = torch.cat([self.get_buffer(f"{name}_held_index"), index[~moving]])
-        values = torch.cat([self.get_buffer(f"{name}_held_delta"), delta[~moving]])
+        held = torch.cat([getattr(self, f"{name}_held_index"), index[~moving]])
+        values = torch.cat([getattr(self, f"{name}_held_delta"), delta[~moving]])
         self._hold(name, held, values)
         trains = self.delta(name).requires_grad
         self._set(name, index[moving].clone(), delta[moving].clone())

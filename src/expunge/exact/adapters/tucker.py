@@ -108,7 +108,7 @@ class TuckerMap(Map):
 
     def factors(self) -> list[nn.Parameter]:
         """Return A_1, A_2, …: inputs, outputs, kernel."""
-        return [self.get_parameter(f"A{n}") for n in range(1, self.core.dim() + 1)]
+        return [getattr(self, f"A{n}") for n in range(1, self.core.dim() + 1)]
 
     def update(self) -> Tensor:
         """Multiply the core out: [out, in/groups, k…]."""

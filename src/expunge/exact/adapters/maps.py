@@ -4,7 +4,8 @@ The module keeps its own weights under their own names. Its class becomes a subc
 `weight` or `bias` gives the effective tensor; forward passes, `torch.func.functional_call`,
 `copy.deepcopy`, pickling and state dicts work as before, with the maps' tensors as further entries.
 (With `torch.nn.utils.parametrize` the names of the base weights would change, and a layer without
-bias could not get one.) Nothing is kept between two forward passes; serve `merged(model)`.
+bias could not get one.) Base weights are in `named_parameters()`; `module.weight` and `get_parameter`
+see the effective ones. Nothing is kept between two forward passes; serve `merged(model)`.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def test_groups_are_composed_in_order_and_the_last_comes_off_alone(case, adapter
 
 
 def test_train_only_moves_one_group_and_the_head(case, adapter):
-    model, inputs, modules = grouped(case, adapter)
+    model, inputs, _modules = grouped(case, adapter)
     head = case[2]
     sl.train_only(model, "b", [head])
     own = sl.parameters(model, "b")
@@ -200,7 +200,7 @@ def test_train_only_moves_one_group_and_the_head(case, adapter):
 
 
 def test_per_sample_gradients_add_up(adapter):
-    model, (x,), modules = grouped(resnet(), adapter, ["a"])
+    model, (x,), _modules = grouped(resnet(), adapter, ["a"])
     values = {n: p.detach() for n, p in model.named_parameters()}
 
     def loss(parameters, one):
@@ -271,7 +271,7 @@ def test_names_give_the_settings_they_say():
 
 
 def test_errors_change_nothing(adapter):
-    model, inputs, head = resnet()
+    model, _inputs, head = resnet()
     modules = sl.fitting(model, adapter, [head])
     adapter.attach(model, modules, "a", 0)
     before = hash_model(model)

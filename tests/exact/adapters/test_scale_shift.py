@@ -167,7 +167,7 @@ def test_ssf_invariant_7_the_base_does_not_move(which):
 
 
 def test_the_papers_beginning():
-    model, one = adapted(nn.Linear(4, 20_000), "paper")
+    _model, one = adapted(nn.Linear(4, 20_000), "paper")
     assert one.gamma.mean().item() == pytest.approx(1, abs=1e-3)
     assert one.beta.mean().item() == pytest.approx(0, abs=1e-3)
     assert one.gamma.std().item() == pytest.approx(0.02, rel=0.03)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -195,7 +196,7 @@ def test_sara_invariant_5_the_stable_rank_falls():
             (1e-6 * model(x).square().sum() + 100 * nuclear_norm(model, "a", generator)).backward()
             optimizer.step()
         ranks.append(stable_rank())
-    assert all(later < earlier for earlier, later in zip(ranks, ranks[1:], strict=False)), ranks
+    assert all(later < earlier for earlier, later in itertools.pairwise(ranks)), ranks
     assert ranks[-1] < 0.9 * ranks[0]
 
 

@@ -11,6 +11,7 @@ import typer
 from expunge.cli import (
     audits,
     demo,
+    forget_sets,
     methods,
     push,
     report,
@@ -32,6 +33,7 @@ app.command("demo")(demo.demo)
 app.command("unlearn")(work.unlearn)
 app.command("audit")(work.audit)
 app.command("compare")(work.compare)
+app.command("forget-sets")(forget_sets.forget_sets)
 app.command("suggest")(suggest.suggest)
 app.command("tune")(tune.tune)
 app.command("reproduce")(work.reproduce)

@@ -36,15 +36,13 @@ from expunge.core.pruned import kept_of
 from expunge.core.request import Request, forget
 from expunge.core.runtime import Runtime
 from expunge.core.settings import Configured, setting
-from expunge.train.box_simplex import project
+from expunge.train.box_simplex import Groups, largest, projected
 from expunge.train.norm import norm_layers
 
 if TYPE_CHECKING:
     from expunge.store import Store
 
 By = Literal["sample", "class"]
-Groups = list[tuple[Tensor, int]]
-"""Places of units that are projected together, and how many of them are wanted."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def worst_case(
         size: samples to find, or classes.
         reverse: find the easiest instead.
         by: choose samples or whole classes.
-        balanced: of each class as many samples as its share of all (largest remainders).
+        balanced: of each class as many samples as its share of those to choose among (largest remainders).
         among: ids to choose among; all by default. The others only take part in training.
         clean: the training samples without augmentation, for the upper level, where `problem.train`
             augments what it reads.
@@ -218,7 +216,9 @@ def _descend(
         if rate is None:
             positive = found[free][found[free] > 0]
             rate = 1 / float(positive.median()) if len(positive) else 1.0
-        step = rate * (found + 2 * how.gamma * w)
+        step = rate * gradient(found, w, how.gamma)
+        if not bool(step.isfinite().all()):
+            raise SettingError("the weights cannot be moved so far; lower rate or gamma")
         w = projected(w + step if reverse else w - step, groups)
         if (number + 1) % how.binarise == 0 or number + 1 == how.rounds:
             w = largest(w, groups)
@@ -320,20 +320,9 @@ def each_loss(
     return torch.cat(parts)
 
 
-def projected(a: Tensor, groups: Groups) -> Tensor:
-    """The nearest weights [U] that add up to what each group wants; those of no group are 0."""
-    w = torch.zeros_like(a)
-    for places, count in groups:
-        w[places] = project(a[places], count)
-    return w
-
-
-def largest(w: Tensor, groups: Groups) -> Tensor:
-    """Ones [U] at the largest weights of each group, of equal ones at the first; else zeros."""
-    marked = torch.zeros_like(w)
-    for places, count in groups:
-        marked[places[torch.argsort(w[places], descending=True, stable=True)[:count]]] = 1
-    return marked
+def gradient(losses: Tensor, w: Tensor, gamma: float) -> Tensor:
+    r"""\(\nabla_w f = \ell + 2\gamma w\) [U]: sign steps let no derivative through."""
+    return losses + 2 * gamma * w
 
 
 def shares(labels: Tensor, size: int) -> dict[int, int]:

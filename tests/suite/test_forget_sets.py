@@ -17,7 +17,10 @@ from expunge.suite.bench import Bench
 from expunge.suite.forget_sets import FIGURES, by_forget_set, summarise
 
 SEARCH = {"rounds": 3, "lr": 1e-3}
-METHODS = [{"name": "finetune", "epochs": 1, "lr": 0.05}, {"name": "ssd", "alpha": 11.9}]
+METHODS = [
+    {"name": "finetune", "epochs": 1, "lr": 0.05},
+    {"name": "gradient-ascent", "epochs": 1, "lr": 1e-30},
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def found(digits, tmp_path_factory):
 
 def test_every_set_is_unlearnt_beside_models_retrained_without_it(found, digits):
     one, bench = found
-    methods = {"original", "retrain", "finetune", "ssd"}
+    methods = {"original", "retrain", "finetune", "gradient-ascent"}
     assert {(r["set"], r["draw"], r["method"]) for r in one.rows} == {
         (s, d, m)
         for s, d in (("worst-case", 0), ("random", 0), ("random", 1), ("high-el2n", 0))
@@ -71,11 +74,11 @@ def test_retrained_models_keep_the_redundant_and_lose_the_memorised(found):
 
 def test_a_method_without_effect_keeps_the_row_of_the_original(found):
     one, _ = found
-    idle = [r for r in one.summary() if r["method"] == "ssd"]
+    idle = [r for r in one.summary() if r["method"] == "gradient-ascent"]
     before = [r for r in one.summary() if r["method"] == "original"]
     assert all(r["unchanged"] for r in idle)
     assert [r["UA"] for r in idle] == [r["UA"] for r in before]
-    assert "ssd (no effect)" in set_table(one.summary())
+    assert "gradient-ascent (no effect)" in set_table(one.summary())
     assert not any(r["unchanged"] for r in one.summary() if r["method"] == "finetune")
 
 

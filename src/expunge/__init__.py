@@ -60,6 +60,7 @@ _PUBLIC = {
     "tune": "expunge.suite.tune",
     "unlearn": "expunge.core.method",
     "unlearn_sequence": "expunge.suite.sequence",
+    "worst_case": "expunge.fleet.worst_case",
 }
 _MODULES = ("audits", "methods", "workloads")
 
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from expunge.core.settings import setting
     from expunge.core.view import View
     from expunge.fleet.difficulty import difficulty
+    from expunge.fleet.worst_case import worst_case
     from expunge.problems.causal_lm import CausalLM
     from expunge.problems.classification import Classification
     from expunge.problems.encoding import encode

@@ -42,7 +42,7 @@ def test_a_section_has_the_options_and_commands_of_help(name):
     inside = re.search(r"^Commands: (.*)\.$", section, flags=re.MULTILINE)
     words = set(re.findall(r"`([a-z-]+)`", inside[1])) if inside else set()
     assert words == {
-        row.split()[0] for row in rows if inside and re.match(r"[a-z]+ {2,}[A-Z]", row)
+        row.split()[0] for row in rows if inside and re.match(r"[a-z-]+ {2,}[A-Z]", row)
     }
 
 

@@ -12,6 +12,7 @@ from expunge.cli import (
     audits,
     certificate,
     demo,
+    forget_sets,
     ledger,
     methods,
     push,
@@ -34,6 +35,7 @@ app.command("demo")(demo.demo)
 app.command("unlearn")(work.unlearn)
 app.command("audit")(work.audit)
 app.command("compare")(work.compare)
+app.command("forget-sets")(forget_sets.forget_sets)
 app.command("suggest")(suggest.suggest)
 app.command("tune")(tune.tune)
 app.command("reproduce")(work.reproduce)

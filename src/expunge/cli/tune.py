@@ -13,13 +13,14 @@ from expunge.cli.work import MethodName
 if TYPE_CHECKING:
     from expunge.core.problem import Problem
     from expunge.core.request import Request
+    from expunge.suite.bench import Bench
 
 TuningRequests = Annotated[
     list[str],
     typer.Option(
         "--forget-tuning",
         help="What to tune on: label=7, ids=1,2, where=CONDITION, or fraction=0.1 (drawn apart from "
-        "the reported samples); repeatable.",
+        "the reported samples); likewise worst-case=0.1, easiest=0.1, low-el2n=0.1, high-el2n=0.1; repeatable.",
     ),
 ]
 SpaceOption = Annotated[
@@ -73,7 +74,7 @@ def tune(
         reported = inputs.request()
         problem = inputs.problem(bench)
         found = run_tune(
-            problem, {"name": method, **passed}, [_request(w, problem, reported, seed) for w in wanted],
+            problem, {"name": method, **passed}, [_request(w, problem, reported, seed, bench) for w in wanted],
             reported=reported, trials=trials, seconds=seconds, space=searched, references=references,
             bench=bench,
         )  # fmt: skip
@@ -94,21 +95,26 @@ def tune(
     typer.echo(found.toml(), nl=False)
 
 
+BY_DIFFICULTY = ("worst-case", "easiest", "low-el2n", "high-el2n")
+
+
 def _words(text: str) -> tuple[str, str]:
     from expunge.core.errors import RequestError
 
     form, equals, value = text.partition("=")
-    if not equals or form not in ("label", "ids", "where", "fraction") or not value.strip():
+    if not equals or form not in ("label", "ids", "where", "fraction", *BY_DIFFICULTY) or not value.strip():  # fmt: skip
         raise RequestError(
-            f"--forget-tuning takes label=…, ids=…, where=… or fraction=…, not {text!r}"
+            f"--forget-tuning takes label=…, ids=…, where=…, fraction=… or a share of {', '.join(BY_DIFFICULTY)}, not {text!r}"
         )
     return form, value.strip()
 
 
-def _request(words: tuple[str, str], problem: Problem, reported: Request, seed: int) -> Request:
+def _request(
+    words: tuple[str, str], problem: Problem, reported: Request, seed: int, bench: Bench
+) -> Request:
     from expunge.core.errors import RequestError
     from expunge.core.request import forget as make
-    from expunge.suite.tune import apart
+    from expunge.suite.tune import apart, apart_by_difficulty
 
     form, value = words
     try:
@@ -116,6 +122,8 @@ def _request(words: tuple[str, str], problem: Problem, reported: Request, seed: 
             return make(label=tuple(int(v) for v in value.split(",")))
         if form == "fraction":
             return apart(problem, reported, float(value), seed)
+        if form in BY_DIFFICULTY:
+            return apart_by_difficulty(problem, reported, form, float(value), bench)
     except ValueError as error:
         raise RequestError(f"--forget-tuning {form}={value}: a number is needed") from error
     if form == "ids":

@@ -27,6 +27,7 @@ from expunge.core.outcome import Cost
 from expunge.core.problem import Problem
 from expunge.core.request import Request, forget
 from expunge.core.runtime import Runtime
+from expunge.fleet.forget_sets import forget_set
 from expunge.store import Store
 from expunge.suite.bench import Bench
 from expunge.suite.compare import MethodSpec, make_method
@@ -244,6 +245,29 @@ def apart(problem: Problem, reported: Request, fraction: float, seed: int = 0) -
         raise SettingError(f"{fraction:g} of {len(problem.train)} samples cannot be drawn apart from the reported ones")  # fmt: skip
     drawn = torch.randperm(len(rest), generator=Runtime(seed=seed).generator("tuning"))[:count]
     return forget(ids=rest[drawn].sort().values, reason=f"random, to tune on, seed {seed}")
+
+
+def apart_by_difficulty(
+    problem: Problem, reported: Request, name: str, fraction: float, bench: Bench
+) -> Request:
+    """Choose a share of all samples from one tail of what is hard to unlearn, none of them reported.
+
+    Args:
+        problem: the model, its data and recipe.
+        reported: the request to keep apart from.
+        name: see `fleet.forget_sets`.
+        fraction: of all samples.
+        bench: where searches and scores are kept; its seed is theirs.
+
+    Raises:
+        SettingError: so many samples are not left, or there is no such set.
+    """
+    rest = problem.train.without(reported.resolve(problem.train))
+    count = round(fraction * len(problem.train))
+    return forget_set(
+        problem, name, count, among=rest, store=bench.store,
+        runtime=replace(bench.runtime, checkpoint=None, cost=Cost()),
+    )  # fmt: skip
 
 
 def terms(findings: Sequence[Finding]) -> dict[str, float]:

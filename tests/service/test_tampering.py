@@ -151,6 +151,26 @@ def test_a_ledger_written_anew_is_told_by_what_names_its_rows(whole, says, tmp_p
     assert len(said) == 1 and "row 6 is not the one" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'{"body"', b'{ "body"'), (b'"seq":3', b'"seq":3.0'), (b'"seq":3', b'"seq":9,"seq":3')],
+)
+def test_other_spellings_of_a_row_are_told(whole, says, old, new):
+    lines = whole["plain"].splitlines(keepends=True)
+    assert json.loads(lines[2]) == json.loads(lines[2].replace(old, new, 1))  # the same value
+    lines[2] = lines[2].replace(old, new, 1)
+    assert any("line 3 was changed" in s for s in says(b"".join(lines)))
+
+
+def test_a_row_forged_with_a_hash_that_fits_is_told_by_the_next(whole, says):
+    lines = whole["plain"].splitlines(keepends=True)
+    row = json.loads(lines[2])
+    forged = ledger.Entry(**(row | {"body": '{"n":"forged"}', "hash": ""}))
+    forged = replace(forged, hash=forged.digest())
+    said = says(b"".join([*lines[:2], forged.line(), *lines[3:]]))
+    assert said == ["export.jsonl: row 4 does not follow the row before it: one of the two was changed"]  # fmt: skip
+
+
 # ------------------------------------------------------------------ the ledger's rows
 
 
@@ -266,6 +286,16 @@ def test_any_flip_of_the_bytes_inside_is_told(signed, place, bits, part):
     holder[part] = base64.b64encode(flipped(base64.b64decode(holder[part]), place, bits)).decode()
     found = certificate.verify(changed, TRUSTED)
     assert not found.ok and "does not fit" in found.faults[0]
+
+
+def test_unused_bits_of_base64_are_told(signed):
+    changed = json.loads(json.dumps(signed))
+    text = changed["signatures"][0]["sig"]
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    last = letters[letters.index(text[-3]) ^ 1]
+    changed["signatures"][0]["sig"] = text[:-3] + last + "=="
+    assert base64.b64decode(changed["signatures"][0]["sig"]) == base64.b64decode(text)
+    assert "as it was written" in certificate.verify(changed, TRUSTED).faults[0]
 
 
 def test_signatures_of_others_do_not_count(signed):

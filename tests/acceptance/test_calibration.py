@@ -108,7 +108,8 @@ def regressors(seed: int, planted: bool):
         inputs, targets = torch.cat([copies[:40], x[one]]), torch.cat([noisy[:40], y[one]])
         held = copies[40:], noisy[40:]
     train, test = xp.Data((inputs, targets)), xp.Data(held)
-    recipe = xp.RegressorRecipe(diabetes_mlp, train, epochs=80, lr=1e-2, batch_size=50, step="adam")
+    # in 80 epochs it learns some of them by heart, which left 32 of 40 to be found; chosen on other seeds
+    recipe = xp.RegressorRecipe(diabetes_mlp, train, epochs=240, lr=1e-2, batch_size=50, step="adam")
     request, runtime = xp.forget(ids=list(range(40))), xp.Runtime(seed=seed, threads=1)
     keep = train.without(request.resolve(train))
     problem = xp.Regression(recipe(train.ids, seed), train, test, recipe=recipe)

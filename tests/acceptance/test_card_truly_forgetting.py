@@ -16,13 +16,15 @@ from _results import must_be_seen, write
 from torch.nn.functional import cross_entropy
 
 import expunge as xp
+from expunge.audits._representation import probe_right
+from expunge.audits.representation import _features
 from expunge.workloads.corrupted import _digits
 from expunge.workloads.nets import DigitsCNN
 
 pytestmark = pytest.mark.acceptance
 FORGET, SEEDS = (7, 8, 9), (0, 1)
 MODELS = ("original", "retrain #2", "fine-tune", "GA", "PL", "head-only")
-SCORES = ("agl", "knn", "probe", "cka", "cka-original", "agr", "h-lr")
+SCORES = ("agl", "knn", "probe", "probe-train", "cka", "cka-original", "agr", "h-lr")
 
 
 def recipe_for(train: xp.Data) -> xp.ClassifierRecipe:
@@ -72,9 +74,20 @@ def run(seed: int) -> list[dict]:
         subject = xp.Subject(models[name], problem, request, runtime)
         found = {f.name.split("/")[1]: f for f in xp.audits.Representation().run(subject, against, runtime)}  # fmt: skip
         row = {"model": name, "seed": seed, "cka": found["agl"].detail["cka"]}
+        row["probe-train"] = fitted_on_training(subject)
         row |= {what: f.value for what, f in found.items()}
         rows.append(row | {"reference_probe": found["probe"].reference})
     return rows
+
+
+def fitted_on_training(subject) -> float:
+    """A linear probe fitted on the training images of the classes and asked about all their test images."""
+    data = {s: subject.data_of(s) for s in ("forget-train", "forget-test")}
+    ids = [subject.splits[s] for s in data]
+    z = torch.cat([_features(subject, d, i) for d, i in zip(data.values(), ids, strict=True)])
+    y = torch.cat([d.labels_of(i) for d, i in zip(data.values(), ids, strict=True)])
+    known, asked = torch.arange(len(y)).split([len(i) for i in ids])
+    return float(probe_right(z, y, known, asked).mean())
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +107,8 @@ def of(rows, model, what):
 
 def table(rows) -> str:
     lines = [
-        f"Seeds {', '.join(map(str, SEEDS))}; features of test images of 7, 8 and 9; CKA is the debiased one.",
+        f"Seeds {', '.join(map(str, SEEDS))}; features of test images of 7, 8 and 9; CKA is the debiased one. PROBE and KNN are fitted on four fifths of them and "
+        "asked about 36; PROBE-TRAIN is fitted on the 355 training images of these classes and asked about all 178.",
         "", f"| model | {' | '.join(s.upper() for s in SCORES)} |", "|---|" + "---|" * len(SCORES),
     ]  # fmt: skip
     for model in MODELS:
@@ -112,6 +126,7 @@ def expectations(rows):
         values = [of(rows, m, "h-lr")[number] for m in ("retrain #2", *(m for m in MODELS if m != "retrain #2"))]  # fmt: skip
         yield f"the second retrained model has the best H-LR, seed {seed}", values, values[0] > max(values[1:])  # fmt: skip
     values = [min(of(rows, m, "probe")) for m in MODELS] + [min(r["reference_probe"] for r in rows)]
+    # by the other probe the retrained models are at .92 to .96, so the number asked is not the reason
     yield "a linear probe on the forgotten classes stays above .94 for all models, retrained ones too", values, min(values) > 0.94  # fmt: skip
 
 

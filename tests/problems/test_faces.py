@@ -140,7 +140,7 @@ def test_missing_images_are_left_out_only_when_asked_for(tmp_path):
     assert splits.sizes()["forget"] == 11 and splits.train.ids.tolist() == list(range(1, 36))
 
 
-def test_mucac_splits_by_the_number_of_the_identity(celebrities):
+def test_mufac_invariant_2_mucac_splits_by_the_number_of_the_identity(celebrities):
     root, owners = celebrities
     splits = mucac(root, size=None)
     assert splits.sizes() == {"forget": 18, "retain": 18, "test": 6, "unseen": 18}

@@ -132,8 +132,9 @@ def rated() -> Data:
 
 def by_person() -> SubjectSplits:
     """People 1–100 to forget, 101–643 to retain, 644–843 to test on, 844–943 unseen."""
-    sides = {"forget": range(1, 101), "test": range(644, 844), "unseen": range(844, 944)}
-    return split_subjects(rated(), column="user", **sides)
+    return split_subjects(
+        rated(), column="user", forget=range(1, 101), test=range(644, 844), unseen=range(844, 944)
+    )
 
 
 @functools.cache

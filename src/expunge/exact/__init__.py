@@ -1,0 +1,1 @@
+"""Exact deletion: training in shards and slices, so that data can be taken out without training."""

@@ -1,1 +1,1 @@
-"""Exact deletion: training in shards and slices, so that data can be taken out without training."""
+"""Exact deletion: models trained so that what saw a record can be taken out."""

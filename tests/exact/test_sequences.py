@@ -164,7 +164,9 @@ def test_weighted_lifetime_is_the_plain_one_where_chances_are_equal(first, place
 def test_weighted_lifetime_is_that_of_draws():
     chances = np.array([0.02, 0.3, 0.1, 0.05])
     generator = np.random.default_rng(0)
-    times = generator.exponential(1 / chances, (40000, 4)).max(1)  # requests come as a Poisson process
+    times = generator.exponential(1 / chances, (40000, 4)).max(
+        1
+    )  # requests come as a Poisson process
     error = times.std() / 200
     assert abs(lifetime.weighted(chances) - times.mean()) <= 3 * error
     assert lifetime.weighted([]) == 0 and lifetime.weighted([0.5, 0.0]) == math.inf

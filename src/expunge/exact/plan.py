@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from expunge.core.hashing import plain
-from expunge.exact.chains import firsts, prefixes, serving
+from expunge.exact.chains import firsts, live, prefixes, serving
 from expunge.exact.lifetime import remaining
 from expunge.exact.sequences import Order
 
@@ -49,6 +49,11 @@ class Shard:
     def usable(self) -> tuple[Order, ...]:
         """Prefixes that saw nothing deleted."""
         return tuple(p for p in prefixes(self.sequences) if self.dead.isdisjoint(p))
+
+    @property
+    def live(self) -> int:
+        """Different non-empty live prefixes of the sequences."""
+        return len({live(sequence, self.dead) for sequence in self.sequences} - {()})
 
     @property
     def used(self) -> int:

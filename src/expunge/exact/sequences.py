@@ -122,7 +122,9 @@ def matching(prior: Sequence[float], orders: int, requests: float = 100.0) -> li
     size = len(prior)
     _check(size, orders, size)
     if min(prior) < 0 or not 0 < sum(prior) <= 1 + 1e-9:
-        raise SettingError("a prior holds probabilities of the slices, at least 0, that add up to 1")
+        raise SettingError(
+            "a prior holds probabilities of the slices, at least 0, that add up to 1"
+        )
     rows: list[Order] = [(j,) for j in range(size)]
     for _ in range(size - 1):
         weight = np.full((size, size), -np.inf)

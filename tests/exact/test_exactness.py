@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Blocky, problem_of, small_data, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import expunge as xp
+from conftest import Blocky, problem_of, small_data, train
 from expunge.exact import adapters, stages, trainer
 from expunge.exact.chains import prefixes
 from expunge.exact.manifest import digests_of
@@ -67,7 +68,7 @@ def plans(draw):
     }, draw(st.integers(0, shards - 1)), draw(st.integers(0, slices - 1))  # fmt: skip
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(plans())
 def test_s3t_invariant_1_garbage_in_a_slice_changes_no_bit_of_what_never_saw_it(drawn):
     how, shard, piece = drawn
@@ -207,14 +208,13 @@ def test_an_interrupted_training_goes_on_with_what_is_missing(tmp_path, trained,
     with pytest.raises(xp.ExpungeError, match="interrupted"):
         xp.Sharded.load(tmp_path, problem_of())
     # a file that was cut off is trained again
-    some = next(tmp_path.glob("stages/*.safetensors"))
-    noted = {p.read_text() for p in tmp_path.glob("records/*.json")}
-    cut = any(some.stem in text and "prefix" in text for text in noted)
+    noted = [json.loads(p.read_text()) for p in tmp_path.glob("records/*.json")]
+    some = tmp_path / "stages" / f"{next(n['tensors'] for n in noted if 'prefix' in n)}.safetensors"
     some.write_bytes(some.read_bytes()[:-3])
     again = []
     monkeypatch.setattr(trainer, "train_stage", lambda *a: (again.append(a[-1]), real(*a))[1])
     sharded = train(tmp_path, **how)
-    assert len(again) == 18 - 5 + cut
+    assert len(again) == 18 - 5 + 1
     assert digests_of(sharded.manifest) == digests_of(trained.manifest)
     assert sharded.verify() == [] and not (tmp_path / "records").exists()
 

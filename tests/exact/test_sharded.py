@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -10,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Blocky, of, problem_of, small_data, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import expunge as xp
+from conftest import Blocky, of, problem_of, small_data, train
 from expunge.core.errors import ModelError, NeedsError, RequestError, SettingError, StoreError
 from expunge.exact import folder as folders
 from expunge.exact import trainer
@@ -273,10 +274,8 @@ def test_an_interruption_anywhere_leaves_the_old_or_the_new_state(sharded, monke
         for name in ("replace", "fsync"):
             patch.setattr(folders.os, name, failing(getattr(os, name)))
         patch.setattr(folders.Folder, "erase", failing(folders.Folder.erase))
-        try:
+        with contextlib.suppress(Stop):
             sharded.forget(ids)
-        except Stop:
-            pass
     again = xp.Sharded.load(sharded.folder, problem_of())
     assert again.verify() == []
     status = again.status()
@@ -298,10 +297,8 @@ def test_an_interrupted_retraining_leaves_the_old_or_the_new_model(sharded, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(folders.os, "replace", failing)
-        try:
+        with contextlib.suppress(Stop):
             sharded.retrain()
-        except Stop:
-            pass
     again = xp.Sharded.load(sharded.folder, problem_of())
     assert again.verify() == []
     if again.status().dead:

@@ -170,7 +170,8 @@ def score(problem: Problem, model: nn.Module, batch_size: int = 256) -> list[flo
     for batch in problem.valid.batches(batch_size):
         if problem.kind == "classification":
             logits, each = problem.logits_and_loss(model, batch)
-            right += float((logits.argmax(1) == batch.y).sum())
+            assert batch.y is not None
+            right += float(logits.argmax(1).eq(batch.y).sum())
         else:
             each = problem.each_loss(model, batch)
         total += float(each.sum())

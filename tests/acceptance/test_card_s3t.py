@@ -30,7 +30,7 @@ SHARDS, SLICES, ORDERS = 3, 4, (1, 2, 4)
 SEEDS = (0, 1, 2)
 AT = (0, 5, 10, 20, 30)
 DRAWS, LIVES = 100, 2000
-STYLES = {1: "forget", 2: "unlearned", 4: "retain"}
+STYLES = {1: ("one", "#c2410c"), 2: ("two", "#6d28d9"), 4: ("four", "#15803d")}
 
 
 @pytest.fixture(scope="module")
@@ -201,13 +201,11 @@ def picture(found) -> str:
         x_label="deletions", y_label="accuracy",
     )  # fmt: skip
     taken = []
-    colours = {1: "#c2410c", 2: "#6d28d9", 4: "#15803d"}
     for b in ORDERS:
         points = list(zip(AT, found["curves"][b], strict=True))
-        plot.line(points, STYLES[b])
-        plot.marks[-1] = plot.marks[-1].replace("<polyline ", f"<polyline fill='none' stroke='{colours[b]}' stroke-width='2' ")  # fmt: skip
+        plot.line(points, STYLES[b][0])
         plot.label(*points[-1], f"B={b}", taken)
-    return plot.svg().replace("<svg ", "<svg style='font: 12px sans-serif' ")
+    return plot.standalone(dict(STYLES.values()))
 
 
 test_what_must_be_seen, test_every_expectation_is_tested = must_be_seen(expectations, 9)

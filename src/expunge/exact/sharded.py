@@ -32,6 +32,7 @@ from expunge.exact import manifest as manifests
 from expunge.exact.asked import Asked, resolve
 from expunge.exact.ensemble import Ensemble
 from expunge.exact.folder import Folder, Live
+from expunge.exact.index import digests
 from expunge.exact.now import Now
 from expunge.exact.plan import Deleted, Plan, State, Status, plan, remaining_of
 from expunge.exact.settings import Settings
@@ -59,6 +60,7 @@ class Sharded:
         self._folder, self._problem = Folder(folder), problem
         self._base = copy.deepcopy(base).requires_grad_(False).eval()
         self._lock = threading.RLock()
+        self._samples: dict[int, str] = {}  # digests of the data, once they are asked for
         self._members: dict[tuple[str, ...], nn.Module] = {}
         self._now = Now.read(self._folder)
 
@@ -248,15 +250,11 @@ class Sharded:
             now = self._refreshed()
             dead = [s for s, shard in enumerate(now.state) if shard.served is None]
             wanted = sorted(set(dead if shards is None else shards))
+            self._samples = self._samples or digests(self._problem.train)
             made = train_again(
-                self._problem,
-                self._folder,
-                self._base,
-                now,
-                wanted,
-                keep_slices,
+                self._problem, self._folder, self._base, now, self._samples, wanted, keep_slices,
                 runtime or Runtime(),
-            )
+            )  # fmt: skip
             with self._lock, self._folder.locked():
                 now = self._refresh()
                 self._folder.commit(made, now.live.deleted, now.live.number + 1)

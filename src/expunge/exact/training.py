@@ -85,6 +85,7 @@ def train_again(
     folder: Folder,
     base: nn.Module,
     now: Now,
+    samples: Mapping[int, str],
     shards: Sequence[int],
     keep_slices: bool,
     runtime: Runtime,
@@ -107,8 +108,7 @@ def train_again(
         if now.state[s].dead.isdisjoint(prefix)
     }
     trainer = Trainer(
-        folder, base, now.manifest["backbone"]["hash"], problem, how, slots, seed, runtime,
-        digests(problem.train),
+        folder, base, now.manifest["backbone"]["hash"], problem, how, slots, seed, runtime, samples
     )  # fmt: skip
     index, entries = now.index, list(now.manifest["shards"])
     with runtime.task("sharded training", trainer.total(len(shards))) as task:

@@ -16,6 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +194,11 @@ class Sharded:
                 deleted[places] = True
                 live = Live(now.live.manifest, deleted, now.live.number + 1)
                 self._folder.put_live(live)
-                after = Now(live, self._folder.stamp(), now.manifest, now.index, state)
+                after = replace(now, live=live, stamp=self._folder.stamp(), state=state)
                 self._now = after
-                if found.off:
-                    for digest in manifests.dead_digests(now.manifest, state):
-                        self._folder.erase(digest)
+                gone = {now.digests[s, p] for s, prefixes in found.off.items() for p in prefixes}
+                for digest in gone - after.alive if gone else ():
+                    self._folder.erase(digest)
         return Deleted(
             plan=found,
             weights_before=now.weights,
@@ -275,7 +276,7 @@ class Sharded:
         with self._lock:
             for attempt in (0, 1):
                 now = self._refreshed()
-                chains = [tuple(d) for _, d in manifests.served_digests(now.manifest, now.state)]
+                chains = [tuple(d) for _, d in now.served]
                 try:
                     members = {c: self._members.get(c) or self._member(c, now) for c in chains}
                 except StoreError:
@@ -325,7 +326,7 @@ class Sharded:
         return not self._now.manifest["exactness"]["breaks"]
 
     def weights_hash(self) -> str:
-        """Hash of the weights that are served; see `manifest.weights_hash`."""
+        """Hash of the weights that are served; see `now.Now.weights`."""
         return self._refreshed().weights
 
     def verify(self) -> list[str]:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sharded_world import Blocky, problem_of, small_data, train
 from torch import nn
 
 import expunge as xp
-from conftest import Blocky, problem_of, small_data, train
 from expunge.exact import adapters, stages, trainer
 from expunge.exact.chains import prefixes
 from expunge.exact.manifest import digests_of
@@ -92,6 +92,19 @@ def test_s3t_invariant_1_stages_before_the_slice_are_the_same_and_those_from_it_
         sharded.forget(slices_of(sharded)(0, 2)[:1])
     x = small_data(9, 3).fetch(small_data(9, 3).ids).x
     assert torch.equal(first.predict(x), second.predict(x))
+
+
+@pytest.mark.parametrize("adapter", sorted(adapters.ADAPTERS))
+def test_s3t_invariant_1_holds_for_every_kind_of_adapter(tmp_path, adapter):
+    how = {"shards": 1, "slices": 2, "orders": 2, "adapter": adapter, "blocks": "all"}
+    data = small_data(24)
+    first = train(tmp_path / "a", problem_of(data), **how)
+    other = problem_of(garbage(data, slices_of(first)(0, 1)))
+    check_garbage(first, train(tmp_path / "b", other, **how), 0, 1)
+    x = data.fetch(data.ids).x
+    before = first.predict(x)
+    first.forget(slices_of(first)(0, 1)[:1])
+    assert not torch.equal(first.predict(x), before) and first.verify() == []
 
 
 class Normed(nn.Module):

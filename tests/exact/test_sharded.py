@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sharded_world import Blocky, of, problem_of, small_data, train
 
 import expunge as xp
-from conftest import Blocky, of, problem_of, small_data, train
 from expunge.core.errors import ModelError, NeedsError, RequestError, SettingError, StoreError
 from expunge.exact import folder as folders
 from expunge.exact import trainer

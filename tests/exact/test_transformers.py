@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sharded_world import train
 
 import expunge as xp
-from conftest import train
 from expunge.problems.tokens import Tokens
 from expunge.train.token_losses import IGNORED
 

@@ -18,6 +18,7 @@ import expunge as xp
 from expunge.exact import adapters, stages, trainer
 from expunge.exact.chains import prefixes
 from expunge.exact.manifest import digests_of
+from expunge.exact.manifest import stages as stages_of
 from expunge.exact.settings import Settings
 
 
@@ -157,6 +158,15 @@ def test_s3t_invariant_2_a_prefix_says_what_a_model_without_the_later_groups_say
             assert not hasattr(alone.blocks[0], "slice_maps")
     plain = stages.served(trained._base, how, slots, [])
     assert torch.equal(plain(x), problem_of().model(x))
+
+
+def test_what_is_served_is_what_was_trained(trained):
+    """The score taken of the network in training is that of the network put together from its files."""
+    known = digests_of(trained.manifest)
+    for s, prefix, stage in stages_of(trained.manifest):
+        tensors = [trained._folder.get(known[s, prefix[:k]]) for k in range(1, len(prefix) + 1)]
+        again = stages.served(trained._base, trained.settings, trained._slots, tensors)
+        assert stages.score(problem_of(), again) == stage["score"]
 
 
 def test_untrained_groups_change_no_bit_and_the_first_slice_is_nearest_the_output(trained):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from sharded_world import Blocky, of, problem_of, small_data, train
 
 import expunge as xp
@@ -323,6 +324,14 @@ def test_any_flipped_byte_is_found_and_named(trained, data):
     finally:
         path.write_bytes(raw)
     assert len(said) == 1 and path.name in said[0]
+
+
+def test_a_file_with_the_same_tensors_and_other_bytes_is_found(sharded):
+    digest = digests_of(sharded.manifest)[0, (0,)]
+    path = sharded._folder.file(digest)
+    save_file(sharded._folder.get(digest), path, metadata={"note": "harmless"})
+    (said,) = sharded.verify()
+    assert digest in said and "bytes" in said
 
 
 def test_missing_files_are_named(sharded, tmp_path):

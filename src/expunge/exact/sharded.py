@@ -197,7 +197,8 @@ class Sharded:
                 after = replace(now, live=live, stamp=self._folder.stamp(), state=state)
                 self._now = after
                 gone = {now.digests[s, p] for s, prefixes in found.off.items() for p in prefixes}
-                for digest in gone - after.alive if gone else ():
+                gone = gone - after.alive if gone else gone
+                for digest in gone:
                     self._folder.erase(digest)
         return Deleted(
             plan=found,

@@ -40,6 +40,7 @@ _PUBLIC = {
     "RegressorRecipe": "expunge.train.recipe",
     "Request": "expunge.core.request",
     "Runtime": "expunge.core.runtime",
+    "Sharded": "expunge.exact.sharded",
     "Store": "expunge.store",
     "Subject": "expunge.core.audit",
     "TokenData": "expunge.problems.tokens",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from expunge.core.runtime import Runtime
     from expunge.core.settings import setting
     from expunge.core.view import View
+    from expunge.exact.sharded import Sharded
     from expunge.fleet.difficulty import difficulty
     from expunge.fleet.worst_case import worst_case
     from expunge.problems.causal_lm import CausalLM

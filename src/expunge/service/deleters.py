@@ -1,0 +1,54 @@
+"""Which deleter a policy's entry stands for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from expunge.core.errors import UserError
+from expunge.service.deleter import Deleter
+from expunge.service.policy import CustomModel, Policy, ShardedModel
+
+
+def deleter_for(policy: Policy, name: str) -> Deleter:
+    """Make the deleter of a model.
+
+    Raises:
+        UserError: there is no such model, or what it names cannot be loaded.
+    """
+    model = policy.model(name)
+    if isinstance(model, CustomModel):
+        made = imported(model.deleter, policy)(**model.settings)
+        if not isinstance(made, Deleter):
+            raise UserError(f"{model.deleter} returns no deleter; see expunge.service.deleter")
+        return made
+    if isinstance(model, ShardedModel):
+        from expunge.service.sharded_deleter import ShardedDeleter
+
+        return ShardedDeleter(policy, model)
+    from expunge.service.method_deleter import MethodDeleter
+
+    return MethodDeleter(policy, model, name)
+
+
+def imported(path: str, policy: Policy) -> Any:
+    """Import `package.module:name`, from beside the policy file too.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    module, colon, name = path.partition(":")
+    before = list(sys.path)
+    sys.path[:0] = [str(policy.file.parent), os.getcwd()]
+    try:
+        if not colon:
+            raise ImportError("there is no : in it")
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be imported ({error}); write package.module:function"
+        ) from error
+    finally:
+        sys.path[:] = before

@@ -72,12 +72,14 @@ def read(version: Path) -> dict[str, Any] | None:
 def clean(parent: Path, keep: Collection[str]) -> list[str]:
     """Remove all versions but some: superseded weights still hold what was deleted since.
 
+    Drafts that a killed process left go too; a model is changed by one batch at a time.
+
     Returns:
         Names of what was removed.
     """
     gone = []
     for folder in parent.iterdir() if parent.is_dir() else ():
-        if folder.is_dir() and folder.name not in keep and not folder.name.startswith("."):
+        if folder.is_dir() and folder.name not in keep:
             shutil.rmtree(folder, ignore_errors=True)
             gone.append(folder.name)
     return sorted(gone)

@@ -144,13 +144,15 @@ class Worker:
                 logger().warning("no sign of life written", why=str(error)[:200])
 
     def _watches(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
+        while True:
             try:
                 for dead in self.dead():
                     self.take_over(dead)
                 self.settle()
             except Exception as error:  # a worker that cannot watch still works
                 logger().warning("cannot look after others", why=str(error)[:200])
+            if self._stop.wait(BEAT_SECONDS):
+                return
 
     def dead(self) -> list[str]:
         """Workers that died."""

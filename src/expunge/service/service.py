@@ -14,7 +14,9 @@ from dbos._serialization import Serializer
 from expunge.core.errors import ExpungeError
 from expunge.core.hashing import plain
 from expunge.core.request import Request
+from expunge.report.keys import LISTED
 from expunge.service import batches, requests, versions
+from expunge.service.certify import signing_key
 from expunge.service.database import Database
 from expunge.service.deleter import Deleter
 from expunge.service.logs import quiet_dbos
@@ -111,6 +113,22 @@ class Service:
     def current_folder(self, row: Row | None) -> Path | None:
         """Folder of a version in force."""
         return None if row is None else self.versions(row["model"]) / row["folder"]
+
+    # ------------------------------------------------------------------ keys
+
+    @property
+    def keys(self) -> Path:
+        """Folder of the signing keys."""
+        return self.policy.folder / "keys"
+
+    def key(self) -> Any:
+        """The key that signs now; one is made if there is none."""
+        return signing_key(self.keys)
+
+    def public_keys(self) -> dict[str, Any]:
+        """What those who verify are given."""
+        self.key()
+        return dict(json.loads((self.keys / LISTED).read_text()))
 
     # ------------------------------------------------------------------ requests
 

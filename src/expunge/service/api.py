@@ -54,7 +54,6 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
         404: "there is no such thing",
         409: "the request is not in a state for this",
         413: "the body is too large",
-        415: "the body is not JSON",
         422: "something in the call is not allowed",
         429: "too many calls",
         503: "the database or the model cannot be reached now",

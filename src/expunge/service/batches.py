@@ -70,6 +70,14 @@ def current(connection: sa.Connection, model: str) -> Row | None:
     return None if row is None else dict(row)
 
 
+def version(connection: sa.Connection, model: str, number: int) -> Row | None:
+    """One version of a model."""
+    row = connection.execute(
+        sa.select(versions).where(versions.c.model == model, versions.c.version == number)
+    ).mappings().first()  # fmt: skip
+    return None if row is None else dict(row)
+
+
 def release(
     connection: sa.Connection,
     batch: str,
@@ -99,8 +107,8 @@ def release(
     state = connection.execute(sa.select(batches.c.state).where(batches.c.id == batch)).scalar()
     if state == "done":
         return True
-    version = connection.execute(sa.select(models.c.version).where(models.c.name == model)).scalar()
-    if version != predecessor:
+    force = connection.execute(sa.select(models.c.version).where(models.c.name == model)).scalar()
+    if force != predecessor:
         return False
     if folder is not None:
         connection.execute(

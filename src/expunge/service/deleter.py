@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from expunge.core.request import Request
 
@@ -20,22 +20,29 @@ class Resolved:
         ids: samples to delete.
         unknown: what it names that the model was not trained on.
         already: samples it covers that were deleted before.
+        outside: what it names that is in the data, but no part of what the model was trained on.
         left: samples that would stay.
     """
 
     ids: tuple[int, ...]
     unknown: tuple[int | str, ...] = ()
     already: tuple[int, ...] = ()
+    outside: tuple[int | str, ...] = ()
     left: int = 1
 
 
-@runtime_checkable
 class Deleter(Protocol):
     """One model: finds what a request covers, prices and carries out its deletion, and looks at the result.
 
     A version is a folder that a deletion wrote; None stands for the model as it was trained. Nothing
     but `forget` writes, and that only into `target`, so every function can be called again.
+
+    Attributes:
+        evidence: class of evidence that a deletion by the policy gives: exact, certified, empirical or
+            suppression.
     """
+
+    evidence: str
 
     def resolve(self, request: Request, version: Path | None) -> Resolved:
         """Find what a request covers.
@@ -66,8 +73,13 @@ class Deleter(Protocol):
 
     def audit(
         self, ids: Sequence[int], version: Path | None, target: Path, how: str
-    ) -> list[Json]:
-        """Measure what `forget` wrote, reloaded from disk; findings as JSON types."""
+    ) -> tuple[list[Json], Json]:
+        """Measure what `forget` wrote, reloaded from disk.
+
+        Returns:
+            Findings with `name`, `value`, `reference`, …; and what else belongs on a certificate:
+            `untested`, `references`.
+        """
 
     def predictor(self, version: Path | None) -> Any:
         """A module in evaluation mode that maps a batch of inputs [B, …] to outputs."""

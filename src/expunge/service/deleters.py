@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Any, cast
 
 from expunge.core.errors import UserError
 from expunge.service.deleter import Deleter
 from expunge.service.policy import CustomModel, Policy, ShardedModel
+
+WANTED = (
+    "evidence", "resolve", "weights", "plan", "forget", "audit", "predictor", "verify",
+)  # fmt: skip
 
 
 def deleter_for(policy: Policy, name: str) -> Deleter:
@@ -21,9 +25,9 @@ def deleter_for(policy: Policy, name: str) -> Deleter:
     model = policy.model(name)
     if isinstance(model, CustomModel):
         made = imported(model.deleter, policy)(**model.settings)
-        if not isinstance(made, Deleter):
-            raise UserError(f"{model.deleter} returns no deleter; see expunge.service.deleter")
-        return made
+        if missing := [n for n in WANTED if not hasattr(made, n)]:
+            raise UserError(f"{model.deleter} returns no deleter: it has no {', '.join(missing)}")
+        return cast(Deleter, made)
     if isinstance(model, ShardedModel):
         from expunge.service.sharded_deleter import ShardedDeleter
 

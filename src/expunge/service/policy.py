@@ -54,10 +54,18 @@ class Limit(_Strict):
     low: float | None = None
     high: float | None = None
 
-    def broken(self, name: str, finding: Mapping[str, Any] | None) -> str | None:
+    def broken(
+        self, name: str, finding: Mapping[str, Any] | None, *, exact: bool = False
+    ) -> str | None:
         """Say how a finding breaks this limit; None if it keeps it.
 
         A finding that is missing, or that has no value or no reference to compare with, breaks it.
+
+        Args:
+            name: of the finding.
+            finding: its values; None if it was not measured.
+            exact: the model was retrained without the data: its distance from other models that were
+                is noise, and `gap` is not asked.
         """
         if finding is None:
             return f"{name} was not measured"
@@ -68,7 +76,7 @@ class Limit(_Strict):
             return f"{name} is {value:.4g}, below {self.low:g}"
         if self.high is not None and not value <= self.high:
             return f"{name} is {value:.4g}, above {self.high:g}"
-        if self.gap is None:
+        if self.gap is None or exact:
             return None
         if reference is None:
             return f"{name} has no reference to compare with"
@@ -108,10 +116,12 @@ class _Model(_Strict):
         """Whether a request for so many samples waits for approval."""
         return self.hold or (self.hold_above is not None and count > self.hold_above)
 
-    def broken(self, findings: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Sentences on the limits that findings break."""
+    def broken(self, findings: Sequence[Mapping[str, Any]], *, exact: bool = False) -> list[str]:
+        """Sentences on the limits that findings break; `exact` as in `Limit.broken`."""
         by_name = {f["name"]: f for f in findings}
-        found = (limit.broken(name, by_name.get(name)) for name, limit in self.limits.items())
+        found = (
+            limit.broken(name, by_name.get(name), exact=exact) for name, limit in self.limits.items()
+        )
         return [sentence for sentence in found if sentence is not None]
 
 

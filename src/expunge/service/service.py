@@ -16,7 +16,6 @@ from expunge.core.hashing import plain
 from expunge.core.request import Request
 from expunge.report.keys import LISTED
 from expunge.service import batches, requests, versions
-from expunge.service.certify import signing_key
 from expunge.service.database import Database
 from expunge.service.deleter import Deleter
 from expunge.service.logs import quiet_dbos
@@ -123,6 +122,8 @@ class Service:
 
     def key(self) -> Any:
         """The key that signs now; one is made if there is none."""
+        from expunge.service.certify import signing_key
+
         return signing_key(self.keys)
 
     def public_keys(self) -> dict[str, Any]:

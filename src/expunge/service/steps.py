@@ -8,9 +8,10 @@ import sqlalchemy as sa
 
 from expunge.core.errors import ExpungeError, RequestError
 from expunge.core.request import Request
+from expunge.report.verdict import row_verdict
 from expunge.service import batches, requests, states, versions
-from expunge.service.certify import certificates
-from expunge.service.deleter import Json
+from expunge.service.certify import certificates, first_fingerprint
+from expunge.service.deleter import Json, Resolved
 from expunge.service.service import Service
 from expunge.service.tables import samples
 
@@ -28,12 +29,8 @@ def resolve(service: Service, identifier: str) -> bool:
     model, current = service.policy.model(row["model"]), service.current(row["model"])
     try:
         found = service.deleter(row["model"]).resolve(asked, service.current_folder(current))
-        named = len(found.ids) + len(found.already) + len(found.unknown)
-        if found.unknown and (model.unknown == "reject" or len(found.unknown) == named):
-            raise RequestError(
-                f"{len(found.unknown)} of the {named} samples it names are not in the data that "
-                "the model was trained on"
-            )
+        if (why := in_vain(found)) and (model.unknown == "reject" or not (found.ids or found.already)):
+            raise RequestError(why)
         if found.ids and not found.left:
             raise RequestError("it covers all the data that is left; nothing would be kept")
     except RequestError as error:
@@ -46,13 +43,14 @@ def resolve(service: Service, identifier: str) -> bool:
         return False
     note = {
         "samples": len(found.ids), "already": len(found.already), "unknown": len(found.unknown),
+        "outside": len(found.outside),
     }  # fmt: skip
     signed: Json = {}
     if not found.ids:
         record = dict(current["record"]) if current is not None else _untouched(service, row)
-        signed = certificates(
-            service, row["model"], {identifier: list(found.already)}, record, current, again=True
-        )
+        folder, before = service.current_folder(current), _before(service, current)
+        covered = {identifier: list(found.already)}
+        signed = certificates(service, row["model"], covered, record, folder, before)
 
     def write(connection: sa.Connection) -> None:
         if not requests.move(
@@ -76,8 +74,35 @@ def resolve(service: Service, identifier: str) -> bool:
 
 def _untouched(service: Service, row: requests.Row) -> Json:
     """A record of weights that the service never changed."""
-    weights = service.deleter(row["model"]).weights(None)
-    return {"weights": weights, "weights_before": weights, "findings": []}
+    deleter = service.deleter(row["model"])
+    weights = deleter.weights(None)
+    return {
+        "weights": weights, "weights_before": weights, "findings": [],
+        "evidence": deleter.evidence, "method": "an earlier deletion",
+    }  # fmt: skip
+
+
+def _before(service: Service, current: requests.Row | None) -> requests.Row | None:
+    """The version before the one in force, which its certificates name."""
+    if current is None or current["version"] < 2:
+        return None
+    return service.database.read(
+        lambda c: batches.version(c, current["model"], current["version"] - 1)
+    )
+
+
+def in_vain(found: Resolved) -> str:
+    """A sentence on what a request names that the model was not trained on; empty if there is nothing."""
+    named = len(found.ids) + len(found.already) + len(found.unknown) + len(found.outside)
+    said = []
+    if found.unknown:
+        said.append(f"{len(found.unknown)} of the {named} samples it names are unknown")
+    if found.outside:
+        said.append(
+            f"{len(found.outside)} of the {named} samples it names are in the data, but the model "
+            "was not trained on them"
+        )
+    return "; ".join(said)
 
 
 def without_selector(text: str, asked: Request) -> str:
@@ -174,16 +199,33 @@ def audit(service: Service, batch: str, how: str) -> Json:
     """
     name, _, ids = service.database.read(lambda c: batches.contents(c, batch))
     model, version = service.policy.model(name), service.versions(name) / f"{batch}-{how}"
-    if versions.read(version) is None:  # nothing was left to delete
-        return {"findings": [], "broken": [], "escalate": False}
+    made = versions.read(version)
+    if made is None:  # nothing was left to delete
+        return {"findings": [], "broken": [], "more": {}, "verdict": None, "escalate": False}
     deleter = service.deleter(name)
     wrong = deleter.verify(version)
     if wrong:
         raise ExpungeError(f"what was written is not whole: {wrong[0]}")
     before = service.current_folder(service.current(name))
-    findings = deleter.audit(ids, before, version, how)
-    escalate = getattr(model, "if_audits_fail", "reject") == "retrain"
-    return {"findings": findings, "broken": model.broken(findings), "escalate": escalate}
+    # a batch may hold samples that were deleted before it began
+    gone = set(deleter.resolve(Request(ids=tuple(ids)), before).already)
+    findings, more = deleter.audit([i for i in ids if i not in gone], before, version, how)
+    exact = how == "retrain" and made["evidence"] == "exact"
+    return {
+        "findings": findings, "broken": model.broken(findings, exact=exact), "more": more,
+        "verdict": verdict(findings, made),
+        "escalate": getattr(model, "if_audits_fail", "reject") == "retrain",
+    }  # fmt: skip
+
+
+def verdict(findings: list[Json], made: Json) -> Json | None:
+    """What findings say together, with no more words than the method's guarantee allows."""
+    if not findings:
+        return None
+    row = {"findings": {f["name"]: f for f in findings}, "method": made.get("method"),
+           "intent": made.get("intent"), "guarantee": made.get("guarantee")}  # fmt: skip
+    found = row_verdict(row)
+    return {"state": found.state, "sentence": found.sentence}
 
 
 def escalate(service: Service, batch: str, found: Json) -> None:
@@ -205,11 +247,15 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
     name, held, _ = service.database.read(lambda c: batches.contents(c, batch))
     covered = service.database.read(lambda c: batches.ids_by_request(c, held))
     record = {k: v for k, v in made.items() if k not in ("folder", "base")}
-    record |= {"findings": found["findings"], "batch": batch}
+    record |= {"batch": batch, "findings": found["findings"], "verdict": found["verdict"], **found["more"]}
     current = service.current(name)
-    if made["folder"] is None and current is not None:  # others deleted it meanwhile
-        record = {**current["record"], **record}
-    signed = certificates(service, name, covered, record, current, again=made["folder"] is None)
+    folder = None if made["folder"] is None else service.versions(name) / made["folder"]
+    before = current
+    if folder is None and current is not None:  # others deleted it meanwhile
+        record = {**current["record"], "batch": batch}
+        folder, before = service.current_folder(current), _before(service, current)
+    signed = certificates(service, name, covered, record, folder, before)
+    record["certificate"] = first_fingerprint(signed)
 
     def write(connection: sa.Connection) -> bool:
         return batches.release(

@@ -44,17 +44,16 @@ GRACE_MS = 5_000
 class Worker:
     """One process' worker; there can only be one in a process."""
 
-    def __init__(self, service: Service, *, requests: int = 4, batches: int = 2) -> None:
+    def __init__(self, service: Service, *, requests: int = 4) -> None:
         """Prepare; nothing runs yet.
 
         Args:
             service: what to work for.
             requests: how many requests to plan at a time.
-            batches: how many models to change at a time.
         """
         self.service = service
         self.id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._limits = (requests, batches)
+        self._requests = requests
         self._stop = threading.Event()
         self._lock: Any = None
         self._threads: list[threading.Thread] = []
@@ -92,10 +91,11 @@ class Worker:
         DBOS.launch()
         poll = self.service.policy.service.poll_seconds
         DBOS.register_queue(
-            REQUESTS, worker_concurrency=self._limits[0], polling_interval_sec=poll
+            REQUESTS, worker_concurrency=self._requests, polling_interval_sec=poll
         )
+        # one at a time in a process: methods draw from torch's global generators
         DBOS.register_queue(
-            BATCHES, worker_concurrency=self._limits[1], partition_concurrency=1,
+            BATCHES, worker_concurrency=1, partition_concurrency=1,
             polling_interval_sec=poll,
         )  # fmt: skip
         for work in (self._beats, self._watches):

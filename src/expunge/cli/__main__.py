@@ -10,7 +10,9 @@ import typer
 
 from expunge.cli import (
     audits,
+    certificate,
     demo,
+    ledger,
     methods,
     push,
     report,
@@ -47,6 +49,8 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(requests.app, name="requests")
 app.command("worker")(service.worker)
 app.command("serve")(service.serve)
+app.add_typer(certificate.app, name="certificate")
+app.add_typer(ledger.app, name="ledger")
 
 
 @app.callback()

@@ -47,7 +47,7 @@ def page(envelope: Any) -> dict[str, Any]:
         "facts": list(_facts(predicate, envelope)),
         "lists": [
             {"title": "What may be said with it", "style": "may", "items": predicate["maySay"]},
-            {"title": "What may not", "style": "not", "items": predicate["mayNotSay"]},
+            {"title": "What may not be said", "style": "not", "items": predicate["mayNotSay"]},
             {"title": "What it rests on", "style": "rests", "items": predicate["restsOn"]},
         ],
         "subjects": _subjects(content["subject"]),
@@ -185,7 +185,9 @@ def _finding(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "label": str(row["label"]),
         "value": number(row.get("value"), name),
-        "interval": "–" if low is None or high is None else f"{number(low, name)} … {number(high, name)}",
+        "interval": "–"
+        if low is None or high is None
+        else f"{number(low, name)} … {number(high, name)}",
         "reference": number(row.get("reference"), name),
         "state": state if state in MARKS else "unjudged",
         "mark": MARKS.get(state, MARKS["unjudged"]),

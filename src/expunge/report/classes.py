@@ -211,8 +211,9 @@ def _done(predicate: Mapping[str, Any]) -> Iterator[str]:
             if adapters
             else "nothing"
         )
-        slices = ", ".join(str(s) for s in step.get("slices") or [])
-        yield f"In shard {step['shard']}, slice {slices or '–'} was affected: {what} switched off."
+        slices = [str(s) for s in step.get("slices") or []]
+        where = f"slice {slices[0]} was" if len(slices) == 1 else f"slices {', '.join(slices)} were"
+        yield f"In shard {step['shard']}, {where} affected: {what} switched off."
     if exact.get("retrained"):
         yield f"Retrained without the records: shard {', '.join(map(str, exact['retrained']))}."
     if exact.get("died"):

@@ -205,10 +205,12 @@ def finding_row(finding: Finding) -> dict[str, Any]:
     from expunge.report.verdict import judge
 
     raw = {k: v for k, v in vars(finding).items() if k not in ("name", "per_sample")}
-    found = judge(finding.name, raw)
+    found, label = judge(finding.name, raw), explain(finding.name, finding.direction).label
+    if finding.name.startswith("accuracy/"):  # elsewhere the heading says so
+        label = f"accuracy ({label})"
     row: dict[str, Any] = plain({
         "name": finding.name,
-        "label": explain(finding.name, finding.direction).label,
+        "label": label,
         **{k: raw[k] for k in NUMBERS},
         "direction": finding.direction,
         "reason": finding.reason,

@@ -167,6 +167,23 @@ def open_engine(where: str | Path) -> sa.Engine:
     return engine
 
 
+def locate(where: str | Path) -> sa.Engine | Path:
+    """An exported file as a path; a URL or an SQLite file as an engine.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    text = str(where)
+    if "://" in text:
+        return open_engine(text)
+    try:
+        with Path(text).open("rb") as file:
+            database = file.read(16) == b"SQLite format 3\0"
+    except OSError as error:
+        raise UserError(f"cannot read {text}: {error.strerror or error}") from error
+    return open_engine(text) if database else Path(text)
+
+
 def create(engine: sa.Engine) -> None:
     """Make the tables and what refuses changes, unless they are there; several may call at once."""
     for attempt in range(50):

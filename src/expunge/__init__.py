@@ -38,6 +38,7 @@ _PUBLIC = {
     "RegressorRecipe": "expunge.train.recipe",
     "Request": "expunge.core.request",
     "Runtime": "expunge.core.runtime",
+    "Sharded": "expunge.exact.sharded",
     "Store": "expunge.store",
     "Subject": "expunge.core.audit",
     "TokenData": "expunge.problems.tokens",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from expunge.core.runtime import Runtime
     from expunge.core.settings import setting
     from expunge.core.view import View
+    from expunge.exact.sharded import Sharded
     from expunge.fleet.difficulty import difficulty
     from expunge.problems.causal_lm import CausalLM
     from expunge.problems.classification import Classification

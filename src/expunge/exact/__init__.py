@@ -1,0 +1,1 @@
+"""Exact deletion: models trained so that what saw a record can be taken out."""

@@ -1,0 +1,45 @@
+"""The model that is served: one plain network a live shard, and the mean of what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.errors import ExpungeError
+
+
+class Ensemble(nn.Module):
+    r"""Mean over shards of logits [B, …, C], or \(\log\) of the mean of their softmax.
+
+    It never changes: a deletion makes another one, and predictions under way finish on theirs.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], aggregate: str) -> None:
+        """Put networks together.
+
+        Args:
+            members: one for each live shard, in eval mode.
+            aggregate: `logits` or `probabilities`.
+
+        Raises:
+            ExpungeError: no shard is alive.
+        """
+        super().__init__()
+        if not members:
+            raise ExpungeError(
+                "no shard is alive: every first slice has lost a sample; retrain() trains from what is left"
+            )
+        self.members = nn.ModuleList(members)
+        self.aggregate = aggregate
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Map a member's inputs to the mean [B, …, C]."""
+        outputs = [member(*args, **kwargs) for member in self.members]
+        found = torch.stack([getattr(o, "logits", o) for o in outputs])
+        if self.aggregate == "probabilities":
+            return found.log_softmax(-1).logsumexp(0) - torch.log(torch.tensor(len(found)))
+        return found.mean(0)

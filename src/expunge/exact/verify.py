@@ -1,0 +1,70 @@
+"""Compare every file of a sharded model with its manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from expunge.core.errors import StoreError
+from expunge.exact.folder import LIVE, MANIFEST, Folder, file_hash
+from expunge.exact.index import Index
+from expunge.exact.manifest import check, dead_digests, stages, state_of
+
+
+def verify_folder(path: str | Path) -> list[str]:
+    """Say what is wrong with the files of a sharded model.
+
+    Args:
+        path: its folder.
+
+    Returns:
+        One sentence a fault; empty if every file is what the manifest in force says.
+    """
+    folder = Folder(path)
+    try:
+        live = folder.live()
+        folder.settle(live.manifest)
+        if file_hash(folder.path / MANIFEST) != live.manifest:
+            raise StoreError(f"{MANIFEST} was altered: its hash is not the one that {LIVE} names")
+        manifest = check(json.loads((folder.path / MANIFEST).read_bytes()))
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing"]
+    except StoreError as error:
+        return [str(error)]
+    said: list[str] = []
+    index = _file(folder, manifest["index"], "the index of samples", said)
+    if manifest["backbone"]["stored"]:
+        _file(folder, manifest["backbone"]["stored"], "the stored backbone", said)
+    if index is None:
+        return said
+    if len(live.deleted) != len(index["ids"]):
+        return [
+            *said,
+            f"{LIVE} speaks of {len(live.deleted)} samples, the index of {len(index['ids'])}",
+        ]
+    state = state_of(manifest, Index.read(index), live.deleted)
+    dead = dead_digests(manifest, state)
+    for shard, prefix, stage in stages(manifest):
+        if stage["tensors"] not in dead:
+            name = f"the stage of shard {shard} that learned slices {', '.join(map(str, prefix))}"
+            _file(folder, stage, name, said)
+    left = sorted(d for d in dead if folder.file(d).exists())
+    said += [f"stages/{d}.safetensors saw deleted samples and was not erased" for d in left]
+    return said
+
+
+def _file(folder: Folder, named: Any, name: str, said: list[str]) -> Any:
+    """Tensors of a file that is what it should be; else None, and a sentence more."""
+    path = folder.file(named["tensors"])
+    where = f"{name} (stages/{path.name})"
+    try:
+        if file_hash(path) != named["file"]:
+            said.append(f"{where} was altered: its bytes have another hash than the manifest says")
+            return None
+        return folder.get(named["tensors"])
+    except OSError:
+        said.append(f"{where} is missing")
+    except StoreError as error:
+        said.append(f"{where}: {error}")
+    return None

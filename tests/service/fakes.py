@@ -83,6 +83,9 @@ class FakeDeleter:
     def verify(self, version):
         return [] if (version / "gone.json").exists() else [f"{version} holds no gone.json"]
 
+    def retire(self, version):
+        pass
+
 
 def make(**settings):
     return FakeDeleter(**settings)

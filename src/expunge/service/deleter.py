@@ -86,3 +86,9 @@ class Deleter(Protocol):
 
     def verify(self, version: Path) -> list[str]:
         """Sentences on what is wrong with a version's files; none if it is whole."""
+
+    def retire(self, version: Path) -> None:
+        """Erase, where the model as it was trained lies, what it still holds of what a version deleted.
+
+        Called once the version is in force; may be called again, and may have nothing to do.
+        """

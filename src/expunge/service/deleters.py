@@ -12,7 +12,7 @@ from expunge.service.deleter import Deleter
 from expunge.service.policy import CustomModel, Policy, ShardedModel
 
 WANTED = (
-    "evidence", "resolve", "weights", "plan", "forget", "audit", "predictor", "verify",
+    "evidence", "resolve", "weights", "plan", "forget", "audit", "predictor", "verify", "retire",
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def deleter_for(policy: Policy, name: str) -> Deleter:
     if isinstance(model, ShardedModel):
         from expunge.service.sharded_deleter import ShardedDeleter
 
-        return ShardedDeleter(policy, model)
+        return ShardedDeleter(policy, model, name)
     from expunge.service.method_deleter import MethodDeleter
 
     return MethodDeleter(policy, model, name)

@@ -155,6 +155,9 @@ class MethodDeleter:
             return [f"{version.name}/{WEIGHTS} is not what {RECORD} describes"]
         return []
 
+    def retire(self, version: Path) -> None:
+        """Nothing: where the original model lies is not ours to know."""
+
     # ------------------------------------------------------------------ models
 
     def _load(self, version: Path | None) -> nn.Module:

@@ -7,7 +7,7 @@
     [models.digits]
     kind = "sharded"                     # trained by xp.Sharded: deletion is exact
     folder = "digits"
-    backbone = "my_package.models:backbone"
+    problem = "my_package.models:digits" # the problem it was trained on, or its backbone alone
 
     [models.faces]
     kind = "method"                      # anything else: a method, and audits that must pass
@@ -129,13 +129,21 @@ class ShardedModel(_Model):
     """A model that `xp.Sharded` trained: deletion switches adapters off and is exact.
 
     Attributes:
-        folder: where it was trained to; it is never changed, versions are made beside it.
-        backbone: makes the frozen backbone: `package.module:function`, or `workload:NAME`.
+        folder: where it was trained to; versions are made beside it, and what they delete is then
+            erased there too.
+        problem: the problem it was trained on, or its backbone alone, which knows requests by ids
+            only: `package.module:function`, or `workload:NAME`.
+        retrain: when shards are trained anew: once none is alive (`stopped`), or whenever one dies.
+        audits: names, or a suite's name; exactness needs none.
+        if_audits_fail: train all shards anew, or reject the requests.
     """
 
     kind: Literal["sharded"]
     folder: str
-    backbone: str = ""
+    problem: str
+    retrain: Literal["stopped", "dead"] = "stopped"
+    audits: list[str] = []
+    if_audits_fail: Literal["retrain", "reject"] = "reject"
 
 
 class MethodModel(_Model):

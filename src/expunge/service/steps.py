@@ -107,7 +107,7 @@ def in_vain(found: Resolved) -> str:
 
 def without_selector(text: str, asked: Request) -> str:
     """A sentence without what a request names; it goes where nothing personal may go."""
-    values = [str(asked), repr(asked.where), asked.where]
+    values = [repr(asked.where), asked.where]
     values += [str(v) for v in (*(asked.ids or ()), *(asked.texts or ()), *(asked.user or ()))]
     for value in sorted((v for v in values if v), key=len, reverse=True):
         if len(value) > 2:
@@ -273,6 +273,8 @@ def clean(service: Service, batch: str) -> list[str]:
     keep = service.database.read(
         lambda c: batches.kept_folders(c, name, service.policy.model(name).keep_versions + 1)
     )
+    if (folder := service.current_folder(service.current(name))) is not None:
+        service.deleter(name).retire(folder)
     return versions.clean(service.versions(name), keep)
 
 

@@ -111,8 +111,14 @@ def run(
             living[number].join()
             living[number] = start()
             done += 1
-            if restart is not None and restarted < restarts and done >= (restarted + 1) * kills // (restarts + 1):
-                restart()
+            if restarted < restarts and done >= (restarted + 1) * kills // (restarts + 1):
+                if restart is not None:
+                    restart()
+                else:  # a file has no server: everybody who has it open dies at once
+                    for process in living:
+                        os.kill(process.pid, signal.SIGKILL)
+                        process.join()
+                    living, done = [start() for _ in range(workers)], done + workers
                 restarted += 1
         deadline = time.monotonic() + seconds
         for process in talking:

@@ -84,7 +84,6 @@ class Database:
         """
         from dbos import DBOS
 
-        from expunge.service import ledger
         from expunge.service.logs import quiet_dbos
 
         quiet_dbos()
@@ -96,8 +95,8 @@ class Database:
                 raise ExpungeError(f"cannot make {file.parent}: {error.strerror}") from error
         try:
             self.write(self._make)
-            ledger.create(ledger.open_engine(self.url))
-            DBOS.migrate(self.url)
+            self.patiently(self._ledger)
+            self.patiently(lambda: DBOS.migrate(self.url))
         except sa.exc.SQLAlchemyError as error:
             raise ExpungeError(f"the service's database cannot be used: {_plain(error)}") from error
 
@@ -105,6 +104,15 @@ class Database:
         if not self.sqlite:  # two processes that start at once would both create
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(7239105)"))
         metadata.create_all(connection)
+
+    def _ledger(self) -> None:
+        from expunge.service import ledger
+
+        engine = ledger.open_engine(self.url)
+        try:
+            ledger.create(engine)
+        finally:
+            engine.dispose()
 
     def write(self, work: Callable[[sa.Connection], T], *, patience: float | None = None) -> T:
         """Run `work` in a transaction, again if the database went away or someone was faster.
@@ -116,21 +124,23 @@ class Database:
         Raises:
             DatabaseAway: the database did not come back in time.
         """
-        return self._run(self.engine, work, patience)
+        return self.patiently(lambda: _inside(self.engine, work), patience)
 
     def read(self, work: Callable[[sa.Connection], T], *, patience: float | None = None) -> T:
         """The same for a transaction that changes nothing."""
-        return self._run(self._reader, work, patience)
+        return self.patiently(lambda: _inside(self._reader, work), patience)
 
-    def _run(
-        self, engine: sa.Engine, work: Callable[[sa.Connection], T], patience: float | None
-    ) -> T:
+    def patiently(self, work: Callable[[], T], patience: float | None = None) -> T:
+        """Run anything that uses the database, again while that is away or busy.
+
+        Raises:
+            DatabaseAway: the database did not come back in time.
+        """
         deadline = time.monotonic() + (self.patience if patience is None else patience)
         pause = 0.05
         while True:
             try:
-                with engine.begin() as connection:
-                    return work(connection)
+                return work()
             except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
                 if not _passing(error):
                     raise
@@ -145,6 +155,11 @@ class Database:
         """Close all connections."""
         self.engine.dispose()
         self._reader.dispose()
+
+
+def _inside(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
+    with engine.begin() as connection:
+        return work(connection)
 
 
 def _passing(error: sa.exc.SQLAlchemyError) -> bool:

@@ -42,7 +42,7 @@ class ShardedDeleter:
         """
         self._model = model
         self._origin = policy.path(model.folder)
-        self._backbone = _backbone(policy, model.problem)
+        self._backbone = backbone_of(policy, model.problem)
         self._opened: dict[Path, Sharded] = {}
         self._lock = threading.Lock()
         first = self._open(None)
@@ -170,7 +170,7 @@ def _link(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / "stages" / file.name)
 
 
-def _backbone(policy: Policy, name: str) -> nn.Module | Problem:
+def backbone_of(policy: Policy, name: str) -> nn.Module | Problem:
     """What the policy names: a problem, or the backbone alone.
 
     Raises:

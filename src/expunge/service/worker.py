@@ -78,6 +78,14 @@ class Worker:
                 {"id": self.id, "host": socket.gethostname(), "started": now(), "beat": time.time()},
             )
         )
+        self.service.database.patiently(self._launch)
+        for work in (self._beats, self._watches):
+            thread = threading.Thread(target=work, name=work.__name__, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        logger().info("worker started", worker=self.id)
+
+    def _launch(self) -> None:
         config: DBOSConfig = {
             "name": APPLICATION,
             "system_database_url": self.service.policy.database,
@@ -88,7 +96,14 @@ class Worker:
             "notification_listener_polling_interval_sec": 1.0,
         }
         DBOS(config=config)
-        DBOS.launch()
+        try:
+            DBOS.launch()
+            self._register()
+        except BaseException:  # the database went away; the next attempt starts anew
+            DBOS.destroy()
+            raise
+
+    def _register(self) -> None:
         poll = self.service.policy.service.poll_seconds
         DBOS.register_queue(
             REQUESTS, worker_concurrency=self._requests, polling_interval_sec=poll
@@ -98,11 +113,6 @@ class Worker:
             BATCHES, worker_concurrency=1, partition_concurrency=1,
             polling_interval_sec=poll,
         )  # fmt: skip
-        for work in (self._beats, self._watches):
-            thread = threading.Thread(target=work, name=work.__name__, daemon=True)
-            thread.start()
-            self._threads.append(thread)
-        logger().info("worker started", worker=self.id)
 
     def run(self) -> None:
         """Work until `stop` is called from a signal's handler or another thread."""

@@ -39,6 +39,7 @@ from expunge.service.tables import workers
 BEAT_SECONDS = 1.0
 ENDED_BADLY = ("ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED", "CANCELLED")
 GRACE_MS = 5_000
+SCRUB_SECONDS = 60.0
 
 
 class Worker:
@@ -57,6 +58,7 @@ class Worker:
         self._stop = threading.Event()
         self._lock: Any = None
         self._threads: list[threading.Thread] = []
+        self._scrubbed = time.monotonic()
 
     def start(self) -> None:
         """Begin to work in the background.
@@ -72,12 +74,7 @@ class Worker:
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from error
         workflow.bind(self.service)
-        self.service.database.write(
-            lambda c: c.execute(
-                sa.insert(workers),
-                {"id": self.id, "host": socket.gethostname(), "started": now(), "beat": time.time()},
-            )
-        )
+        self.service.database.write(self._beat)
         self.service.database.patiently(self._launch)
         for work in (self._beats, self._watches):
             thread = threading.Thread(target=work, name=work.__name__, daemon=True)
@@ -142,14 +139,19 @@ class Worker:
     def _folder(self) -> Path:
         return self.service.policy.folder / "workers"
 
+    def _beat(self, connection: sa.Connection) -> None:
+        beat = time.time()
+        known = connection.execute(
+            sa.update(workers).where(workers.c.id == self.id).values(beat=beat)
+        ).rowcount
+        if not known:  # the first time, or somebody took us for dead
+            row = {"id": self.id, "host": socket.gethostname(), "started": now(), "beat": beat}
+            connection.execute(sa.insert(workers), row)
+
     def _beats(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
             try:
-                self.service.database.write(
-                    lambda c: c.execute(
-                        sa.update(workers).where(workers.c.id == self.id).values(beat=time.time())
-                    )
-                )
+                self.service.database.write(self._beat)
             except (ExpungeError, sa.exc.SQLAlchemyError) as error:
                 logger().warning("no sign of life written", why=str(error)[:200])
 
@@ -159,22 +161,24 @@ class Worker:
                 for dead in self.dead():
                     self.take_over(dead)
                 self.settle()
+                self._scrub()
             except Exception as error:  # a worker that cannot watch still works
                 logger().warning("cannot look after others", why=str(error)[:200])
             if self._stop.wait(BEAT_SECONDS):
                 return
 
     def dead(self) -> list[str]:
-        """Workers that died."""
-        rows = self.service.database.read(
-            lambda c: c.execute(sa.select(workers).where(workers.c.id != self.id)).all()
-        )
+        """Workers that died, and names of workers that nobody knows but that hold workflows."""
+        held = {w.executor_id for w in DBOS.list_workflows(status=["PENDING"], load_input=False)}
+        rows = self.service.database.read(lambda c: c.execute(sa.select(workers)).all())
         silent = time.time() - self.service.policy.service.dead_seconds
-        return [r.id for r in rows if self._let_go(r.id, r.host) or r.beat < silent]
+        dead = {r.id for r in rows if self._let_go(r.id, r.host) or r.beat < silent}
+        nobody = {one for one in held if one} - {r.id for r in rows}
+        return sorted((dead | nobody) - {self.id})
 
     def _let_go(self, other: str, host: str) -> bool:
         file = self._folder() / f"{other}.lock"
-        if host != socket.gethostname() or not file.exists():
+        if other == self.id or host != socket.gethostname() or not file.exists():
             return False
         try:
             with file.open("r+") as lock:
@@ -193,6 +197,16 @@ class Worker:
         logger().info("took over", worker=dead, workflows=len(found))
 
     # ------------------------------------------------------------------ nothing stays behind
+
+    def _scrub(self) -> None:
+        """Take what was purged out of SQLite's log too, now and then."""
+        if self.service.database.sqlite and time.monotonic() - self._scrubbed > SCRUB_SECONDS:
+            self._scrubbed = time.monotonic()
+            connection = self.service.database.engine.raw_connection()
+            try:
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                connection.close()
 
     def settle(self) -> None:
         """End what no workflow carries any more: those that gave up, or were cancelled from outside."""

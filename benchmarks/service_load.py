@@ -84,7 +84,10 @@ def measured(database: str, clients: int, seconds: float, submissions: int) -> d
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         paths = [str(HERE.parent / "tests" / "service"), os.environ.get("PYTHONPATH", "")]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, "-m", "expunge", "serve", "--policy", str(file), "--port", str(port), "--workers", "1", "--log", "error"]  # fmt: skip
         server = subprocess.Popen(command, env=env)
         try:
@@ -150,7 +153,10 @@ def main() -> None:
         "|---|---|---|---|---|",
         *(
             f"| {name} | {rate:.0f} | {ms[name]['p50']:.1f} | {ms[name]['p95']:.1f} | {ms[name]['p99']:.1f} |"
-            for name, rate in (("status", found["status_per_second"]), ("submit", found["submitted_per_second"]))
+            for name, rate in (
+                ("status", found["status_per_second"]),
+                ("submit", found["submitted_per_second"]),
+            )
         ),
     ]
     text = (

@@ -88,10 +88,26 @@ def expected(found: dict) -> list[tuple[str, str, bool]]:
         ends = [h[-1] for h in r["histories"].values()]
         once = all(sum(s in kill_story.FINAL for s in h) == 1 for h in r["histories"].values())
         rows += [
-            (f"{name}: ≥ 50 kills with -9 and a restarted database", f"{r['kills']} kills, {r['restarts']} restarts", r["kills"] >= 50 and r["restarts"] >= 2),  # fmt: skip
-            (f"{name}: each of {REQUESTS} requests ends released or failed, once", str(r["states"]), len(ends) == REQUESTS and once and set(ends) <= {"released", "failed"}),  # fmt: skip
-            (f"{name}: the ledger verifies, with one end for each request", f"{r['entries']} entries", not r["ledger"] and set(r["ends"].values()) == {1}),  # fmt: skip
-            (f"{name}: the model is whole, without exactly what was asked", f"{r['versions']} versions", bool(r["whole"]) and not r["left"]),  # fmt: skip
+            (
+                f"{name}: ≥ 50 kills with -9 and a restarted database",
+                f"{r['kills']} kills, {r['restarts']} restarts",
+                r["kills"] >= 50 and r["restarts"] >= 2,
+            ),
+            (
+                f"{name}: each of {REQUESTS} requests ends released or failed, once",
+                str(r["states"]),
+                len(ends) == REQUESTS and once and set(ends) <= {"released", "failed"},
+            ),
+            (
+                f"{name}: the ledger verifies, with one end for each request",
+                f"{r['entries']} entries",
+                not r["ledger"] and set(r["ends"].values()) == {1},
+            ),
+            (
+                f"{name}: the model is whole, without exactly what was asked",
+                f"{r['versions']} versions",
+                bool(r["whole"]) and not r["left"],
+            ),
         ]
     return rows
 

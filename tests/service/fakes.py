@@ -50,7 +50,9 @@ class FakeDeleter:
         else:
             unknown, ids = (), request.resolve(self.data).tolist()
         new = tuple(sorted(set(ids) - gone))
-        return Resolved(new, unknown, tuple(sorted(set(ids) & gone)), (), len(known) - len(gone) - len(new))
+        return Resolved(
+            new, unknown, tuple(sorted(set(ids) & gone)), (), len(known) - len(gone) - len(new)
+        )
 
     def weights(self, version):
         return content_key(sorted(self._gone(version)))
@@ -75,7 +77,9 @@ class FakeDeleter:
     def audit(self, ids, version, target, how):
         time.sleep(self.seconds)
         value = self.audits[how]
-        return [{"name": "fake/auc", "value": value, "reference": 0.5, "direction": "reference"}], {}
+        return [
+            {"name": "fake/auc", "value": value, "reference": 0.5, "direction": "reference"}
+        ], {}
 
     def predictor(self, version):
         return Sum(float(len(self._gone(version)))).eval()

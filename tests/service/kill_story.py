@@ -96,7 +96,9 @@ def run(
     span = kills * sum(between) / 2
     talking = [
         fork.Process(
-            target=submit, args=(str(file), model, share, 0.7 * span / max(len(share), 1)), daemon=True
+            target=submit,
+            args=(str(file), model, share, 0.7 * span / max(len(share), 1)),
+            daemon=True,
         )
         for share in shares
     ]
@@ -134,7 +136,10 @@ def run(
             process.join()
     rows = service.database.read(lambda c: requests.listed(c, limit=10_000))
     histories = {
-        r["id"]: [h["state"] for h in service.database.read(lambda c, r=r: requests.history_of(c, r["id"]))]
+        r["id"]: [
+            h["state"]
+            for h in service.database.read(lambda c, r=r: requests.history_of(c, r["id"]))
+        ]
         for r in rows
     }
     with service.database.engine.connect() as connection:

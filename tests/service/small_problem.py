@@ -36,7 +36,12 @@ def problem() -> xp.Problem:
     torch.manual_seed(7)
     roles = {"blocks": [f"blocks.{i}" for i in range(4)], "last layer": ["head"]}
     return xp.Classification(
-        Blocky(), data(), data(200, 1, 10_000), valid=data(100, 2, 20_000), roles=roles, build=Blocky
+        Blocky(),
+        data(),
+        data(200, 1, 10_000),
+        valid=data(100, 2, 20_000),
+        roles=roles,
+        build=Blocky,
     )
 
 

@@ -114,10 +114,14 @@ def test_events_tell_every_state(service, app):
     one = call.post("/requests", json={"model": "fake", "ids": [5]}).json()["id"]
     step_until_done(service)
     text = call.get(f"/requests/{one}/events").text
-    told = [json.loads(line[6:])["state"] for line in text.splitlines() if line.startswith("data: ")]
+    told = [
+        json.loads(line[6:])["state"] for line in text.splitlines() if line.startswith("data: ")
+    ]
     assert told == ["received", "resolved", "planned", "running", "audited", "released"]
     text = call.get(f"/requests/{one}/events", headers={"Last-Event-ID": "4"}).text
-    told = [json.loads(line[6:])["state"] for line in text.splitlines() if line.startswith("data: ")]
+    told = [
+        json.loads(line[6:])["state"] for line in text.splitlines() if line.startswith("data: ")
+    ]
     assert told == ["audited", "released"]
 
 

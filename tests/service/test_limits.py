@@ -26,7 +26,9 @@ def test_clients_without_number_take_no_memory_without_end():
     assert len(limit._buckets) == 10
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost", "LOCALHOST"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost", "LOCALHOST"]
+)
 def test_this_machine(host):
     assert is_loopback(host)
     check_binding(host, None)

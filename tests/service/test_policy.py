@@ -23,7 +23,9 @@ def written(tmp_path, text):
 
 
 def test_paths_start_from_the_file(tmp_path):
-    policy = read_policy(written(tmp_path, '[service]\ndatabase = "x/y.db"\nfolder = "z"\n' + METHOD))
+    policy = read_policy(
+        written(tmp_path, '[service]\ndatabase = "x/y.db"\nfolder = "z"\n' + METHOD)
+    )
     assert policy.database == f"sqlite:///{tmp_path / 'x' / 'y.db'}"
     assert policy.folder == tmp_path / "z" and policy.model("m").if_audits_fail == "retrain"
 

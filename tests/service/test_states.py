@@ -21,7 +21,7 @@ def test_all_states_are_reached_and_all_can_end():
     assert reachable(states.RECEIVED) == set(states.STATES)
     for state in states.STATES:
         assert reachable(state) & states.FINAL
-    assert states.FINAL == {"released", "rejected", "failed", "cancelled"}
+    assert {"released", "rejected", "failed", "cancelled"} == states.FINAL
 
 
 def test_nothing_is_released_unseen():
@@ -30,7 +30,6 @@ def test_nothing_is_released_unseen():
     assert before == {states.AUDITED, states.RESOLVED}
     assert not any(states.may(s, states.CANCELLED) for s in (states.RUNNING, states.AUDITED))
     assert {s for s in states.STATES if states.may(s, states.CANCELLED)} == states.CANCELLABLE
-
 
 
 def test_a_move_that_the_table_lacks_is_a_fault_of_ours(service):

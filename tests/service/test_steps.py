@@ -96,7 +96,9 @@ def test_the_second_of_two_requests_for_the_same_samples_is_answered(service):
     row = service.get(third)
     assert row["result"] == {"outcome": "already-deleted", "version": 1}
     statement = statement_of(row["certificate"])
-    assert statement["subject"][-1]["digest"] == {"expungeTensors": service.current("fake")["weights"]}
+    assert statement["subject"][-1]["digest"] == {
+        "expungeTensors": service.current("fake")["weights"]
+    }
 
 
 def test_planned_beside_a_deletion_of_the_same_samples(service):
@@ -203,7 +205,9 @@ def test_audits_that_fail_lead_to_retraining(with_settings):
     step_until_done(service)
     assert history(service, one) == [*WHOLE[:4], "audited", "running", "audited", "released"]
     row = service.get(one)
-    assert row["result"]["how"] == "retrain" and service.current("fake")["folder"].endswith("-retrain")
+    assert row["result"]["how"] == "retrain" and service.current("fake")["folder"].endswith(
+        "-retrain"
+    )
     assert len(list(service.versions("fake").iterdir())) == 1
 
 

@@ -10,7 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 import expunge as xp
-from expunge.service import requests, worker as module
+from expunge.service import requests
+from expunge.service import worker as module
 from expunge.service.tables import workers
 from expunge.service.worker import Worker
 
@@ -67,7 +68,9 @@ def test_a_worker_carries_requests_out_and_looks_after_others(service, running, 
     assert "far" in running.dead() or "far" not in names(service)
 
     # somebody took this one for dead; it says that it lives
-    service.database.write(lambda c: c.execute(sa.delete(workers).where(workers.c.id == running.id)))
+    service.database.write(
+        lambda c: c.execute(sa.delete(workers).where(workers.c.id == running.id))
+    )
     deadline = time.monotonic() + 30
     while running.id not in names(service):
         assert time.monotonic() < deadline
@@ -88,7 +91,9 @@ def test_a_worker_carries_requests_out_and_looks_after_others(service, running, 
     DBOS.cancel_workflow(batch)
     assert wait(service, two)["state"] == "released"  # by the batch that takes its place
 
-    histories = [service.database.read(lambda c, i=i: requests.history_of(c, i)) for i in (one, two)]
+    histories = [
+        service.database.read(lambda c, i=i: requests.history_of(c, i)) for i in (one, two)
+    ]
     assert [h[-1]["state"] for h in histories] == ["released", "released"]
 
 
@@ -101,4 +106,6 @@ def test_a_lock_that_is_held_is_never_taken(service, tmp_path):
         assert not watching._let_go("x", socket.gethostname())
         assert not watching._let_go("x", "elsewhere")
     assert watching._let_go("x", socket.gethostname())
-    assert not watching._let_go("x", "elsewhere") and not watching._let_go("none", socket.gethostname())
+    assert not watching._let_go("x", "elsewhere") and not watching._let_go(
+        "none", socket.gethostname()
+    )

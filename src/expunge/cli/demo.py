@@ -79,7 +79,9 @@ def _service(folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    typer.echo(f"certificate: {found['certificate']} after {found['seconds']:.0f} s; verify it with")
+    typer.echo(
+        f"certificate: {found['certificate']} after {found['seconds']:.0f} s; verify it with"
+    )
     typer.echo(
         f"  expunge certificate verify {found['certificate']} --keys {found['keys']} "
         f"--weights {found['weights']} --ledger {found['ledger']}"

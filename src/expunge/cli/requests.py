@@ -69,7 +69,8 @@ def submit(
         str | None, typer.Option("--key", help="Idempotency key: the same key asks once.")
     ] = None,
     wait: Annotated[
-        float, typer.Option("--wait", help="Seconds to wait for its end; a worker has to run.", min=0)
+        float,
+        typer.Option("--wait", help="Seconds to wait for its end; a worker has to run.", min=0),
     ] = 0.0,
     policy: PolicyFile = "service.toml",
     as_json: Json = False,
@@ -140,7 +141,9 @@ def show(
 
 
 @app.command()
-def plan(identifier: Identifier, policy: PolicyFile = "service.toml", as_json: Json = False) -> None:
+def plan(
+    identifier: Identifier, policy: PolicyFile = "service.toml", as_json: Json = False
+) -> None:
     """Show what carrying out a request takes."""
     with opened(policy) as service:
         row = service.get(identifier)

@@ -15,7 +15,10 @@ LogLevel = Annotated[str, typer.Option("--log", help="debug, info, warning or er
 def worker(
     policy: PolicyFile = "service.toml",
     processes: Annotated[
-        int, typer.Option("--processes", help="Worker processes; any that dies is started again.", min=1)
+        int,
+        typer.Option(
+            "--processes", help="Worker processes; any that dies is started again.", min=1
+        ),
     ] = 1,
     requests: Annotated[
         int, typer.Option("--requests", help="Requests that a process plans at a time.", min=1)
@@ -59,7 +62,8 @@ def serve(
         typer.Option("--token-file", help="File with the bearer token; $EXPUNGE_TOKEN otherwise."),
     ] = None,
     workers: Annotated[
-        int, typer.Option("--workers", help="Worker processes beside the server; 0 for none.", min=0)
+        int,
+        typer.Option("--workers", help="Worker processes beside the server; 0 for none.", min=0),
     ] = 1,
     log: LogLevel = "info",
 ) -> None:
@@ -87,7 +91,9 @@ def serve(
             )
         )  # fmt: skip
         crew = Workers(policy, workers, level=log, as_json=as_json) if workers else None
-        logs.logger().info("serving", host=host, port=port, workers=workers, token=token is not None)
+        logs.logger().info(
+            "serving", host=host, port=port, workers=workers, token=token is not None
+        )
         for number in (signal.SIGTERM, signal.SIGINT):  # the server raises them again at its end
             signal.signal(number, signal.SIG_IGN)
         try:

@@ -148,7 +148,11 @@ def _requests(app: FastAPI, service: Service) -> None:
         """What carrying it out takes; empty until it is planned."""
         row = service.get(identifier)
         return PlanOut(
-            id=row["id"], state=row["state"], hold=row["hold"], samples=row["count"], plan=row["plan"]
+            id=row["id"],
+            state=row["state"],
+            hold=row["hold"],
+            samples=row["count"],
+            plan=row["plan"],
         )
 
     @app.post("/requests/{identifier}/approve", response_model=RequestOut, tags=["requests"])
@@ -254,5 +258,3 @@ def _health(app: FastAPI, service: Service, metrics: Metrics) -> None:
         """Prometheus metrics."""
         text, kind = metrics.text()
         return Response(text, media_type=kind)
-
-

@@ -30,7 +30,8 @@ def claim(connection: sa.Connection, batch: str, enqueue: Enqueue, most: int) ->
     state = connection.execute(sa.select(batches.c.state).where(batches.c.id == batch)).scalar()
     if state == "waiting":
         ready = connection.execute(
-            sa.select(requests.c.id, requests.c.alone)
+            sa
+            .select(requests.c.id, requests.c.alone)
             .where(requests.c.model == row["model"], READY, requests.c.batch.is_(None))
             .order_by(requests.c.id)
         ).all()
@@ -130,7 +131,10 @@ def release(
     }
     for one in held:
         connection.execute(
-            sa.update(requests).where(requests.c.id == one).values(certificate=certificates.get(one))
+            sa
+            .update(requests)
+            .where(requests.c.id == one)
+            .values(certificate=certificates.get(one))
         )
     move(
         connection, held, states.AUDITED, states.RELEASED, note, result={**record, **note}
@@ -161,7 +165,8 @@ def give_back(
         )  # fmt: skip
         if some:
             connection.execute(
-                sa.update(requests)
+                sa
+                .update(requests)
                 .where(requests.c.id.in_(some))
                 .values(attempt=requests.c.attempt + 1)
             )
@@ -176,7 +181,11 @@ def give_back(
 
 
 def end(
-    connection: sa.Connection, batch: str, after: str, why: str, note: Mapping[str, Any] | None = None
+    connection: sa.Connection,
+    batch: str,
+    after: str,
+    why: str,
+    note: Mapping[str, Any] | None = None,
 ) -> None:
     """End all requests of a batch as failed or rejected."""
     move(
@@ -213,7 +222,8 @@ def ids_by_request(connection: sa.Connection, identifiers: Sequence[str]) -> dic
 def kept_folders(connection: sa.Connection, model: str, count: int) -> list[str]:
     """Folders of the newest versions of a model."""
     query = (
-        sa.select(versions.c.folder)
+        sa
+        .select(versions.c.folder)
         .where(versions.c.model == model)
         .order_by(versions.c.version.desc())
         .limit(count)

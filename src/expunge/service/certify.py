@@ -78,7 +78,9 @@ def certificates(
         query = sa.select(requests.c.id, requests.c.form, requests.c.created).where(
             requests.c.id.in_(list(covered))
         )
-        found = {row.id: (row, ledger.salt_of(connection, row.id)) for row in connection.execute(query)}
+        found = {
+            row.id: (row, ledger.salt_of(connection, row.id)) for row in connection.execute(query)
+        }
         return ledger.head(connection), found
 
     end, found = service.database.read(read)

@@ -145,9 +145,7 @@ class Database:
                 if not _passing(error):
                     raise
                 if time.monotonic() > deadline:
-                    raise DatabaseAway(
-                        f"the database does not answer: {_plain(error)}"
-                    ) from error
+                    raise DatabaseAway(f"the database does not answer: {_plain(error)}") from error
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, 1.0)
 
@@ -176,7 +174,11 @@ def _passing(error: sa.exc.SQLAlchemyError) -> bool:
     if "locked" in words or "busy" in words:
         return True
     # a server that is starting or gone gives no code
-    return isinstance(error, sa.exc.OperationalError) and not state and "sqlite" not in type(original).__module__
+    return (
+        isinstance(error, sa.exc.OperationalError)
+        and not state
+        and "sqlite" not in type(original).__module__
+    )
 
 
 def _plain(error: Exception) -> str:

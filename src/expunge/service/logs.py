@@ -17,7 +17,9 @@ def configure(level: str = "info", *, as_json: bool = True) -> None:
     import structlog
 
     render: Any = (
-        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=False)
+        structlog.processors.JSONRenderer()
+        if as_json
+        else structlog.dev.ConsoleRenderer(colors=False)
     )
     structlog.configure(
         processors=[

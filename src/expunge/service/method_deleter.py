@@ -103,7 +103,9 @@ class MethodDeleter:
         kind = evidence_class(method.card.intent, method.card.guarantee)
         if kind == "certified":  # no proof's bound is at hand for these weights
             kind = "empirical"
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in released.state_dict().items()}
+        tensors = {
+            k: v.detach().cpu().contiguous().clone() for k, v in released.state_dict().items()
+        }
         save_file(tensors, target / WEIGHTS)
         # salted, so that no hash of the file tells who is in it
         gone = {"salt": secrets.token_hex(16), "ids": sorted({*deleted(version), *ids})}

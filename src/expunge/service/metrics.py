@@ -34,7 +34,9 @@ class FromDatabase:
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Read the database once."""
         counts, numbers, alive, oldest = self._database.read(self._look, patience=2)
-        family = GaugeMetricFamily("expunge_requests", "Requests by state", labels=("model", "state"))
+        family = GaugeMetricFamily(
+            "expunge_requests", "Requests by state", labels=("model", "state")
+        )
         for (model, state), count in sorted(counts.items()):
             family.add_metric((model, state), count)
         yield family
@@ -44,7 +46,9 @@ class FromDatabase:
         yield family
         yield GaugeMetricFamily("expunge_workers", "Workers that showed signs of life", value=alive)
         yield GaugeMetricFamily(
-            "expunge_oldest_open_seconds", "Age of the oldest request that has not ended", value=oldest
+            "expunge_oldest_open_seconds",
+            "Age of the oldest request that has not ended",
+            value=oldest,
         )
 
     def _look(self, connection: sa.Connection) -> tuple[Any, Any, int, float]:

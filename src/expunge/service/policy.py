@@ -1,23 +1,23 @@
 """The policy file: which models are served, how each forgets, what has to hold before weights are released.
 
-    [service]
-    database = "service.db"              # a file beside this one, or postgresql://…
-    folder = "service"                   # versions of the models and signing keys
+[service]
+database = "service.db"              # a file beside this one, or postgresql://…
+folder = "service"                   # versions of the models and signing keys
 
-    [models.digits]
-    kind = "sharded"                     # trained by xp.Sharded: deletion is exact
-    folder = "digits"
-    problem = "my_package.models:digits" # the problem it was trained on, or its backbone alone
+[models.digits]
+kind = "sharded"                     # trained by xp.Sharded: deletion is exact
+folder = "digits"
+problem = "my_package.models:digits" # the problem it was trained on, or its backbone alone
 
-    [models.faces]
-    kind = "method"                      # anything else: a method, and audits that must pass
-    problem = "my_package.models:faces"  # or "workload:digits-class"
-    method = "ssd"
-    settings = { alpha = 10.0 }
-    audits = ["accuracy", "membership"]
-    references = 2
-    if_audits_fail = "retrain"           # or "reject"
-    limits = { "membership/auc" = { gap = 0.05 }, "accuracy/retain-test" = { low = 0.9 } }
+[models.faces]
+kind = "method"                      # anything else: a method, and audits that must pass
+problem = "my_package.models:faces"  # or "workload:digits-class"
+method = "ssd"
+settings = { alpha = 10.0 }
+audits = ["accuracy", "membership"]
+references = 2
+if_audits_fail = "retrain"           # or "reject"
+limits = { "membership/auc" = { gap = 0.05 }, "accuracy/retain-test" = { low = 0.9 } }
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ class _Model(_Strict):
         """Sentences on the limits that findings break; `exact` as in `Limit.broken`."""
         by_name = {f["name"]: f for f in findings}
         found = (
-            limit.broken(name, by_name.get(name), exact=exact) for name, limit in self.limits.items()
+            limit.broken(name, by_name.get(name), exact=exact)
+            for name, limit in self.limits.items()
         )
         return [sentence for sentence in found if sentence is not None]
 
@@ -227,7 +228,9 @@ class Policy(_Strict):
     def _names(cls, models: dict[str, Any]) -> dict[str, Any]:
         for name in models:
             if not re.fullmatch(NAME, name):
-                raise ValueError(f"a model is called by small letters, digits, . _ and -, not {name!r}")
+                raise ValueError(
+                    f"a model is called by small letters, digits, . _ and -, not {name!r}"
+                )
         return models
 
     @property

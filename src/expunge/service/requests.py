@@ -127,7 +127,8 @@ def move(
         if not states.may(state, after):
             raise AssertionError(f"no request goes from {state} to {after}")
     rows = connection.execute(
-        sa.select(requests.c.id, requests.c.attempt)
+        sa
+        .select(requests.c.id, requests.c.attempt)
         .where(requests.c.id.in_(wanted), requests.c.state.in_(allowed))
         .order_by(requests.c.id)
         .with_for_update()
@@ -136,13 +137,15 @@ def move(
         return []
     time, moved = now(), [row.id for row in rows]
     connection.execute(
-        sa.update(requests)
+        sa
+        .update(requests)
         .where(requests.c.id.in_(moved))
         .values(state=after, updated=time, **values)
     )
     last: dict[str, int] = dict(
         connection.execute(
-            sa.select(history.c.request, sa.func.max(history.c.number))
+            sa
+            .select(history.c.request, sa.func.max(history.c.number))
             .where(history.c.request.in_(moved))
             .group_by(history.c.request)
         ).all()  # type: ignore[arg-type]
@@ -222,7 +225,8 @@ def listed(
 def history_of(connection: sa.Connection, identifier: str, after: int = 0) -> list[Row]:
     """States a request went through, in order, from entry `after` on."""
     query = (
-        sa.select(history.c.number, history.c.state, history.c.time, history.c.note)
+        sa
+        .select(history.c.number, history.c.state, history.c.time, history.c.note)
         .where(history.c.request == identifier, history.c.number > after)
         .order_by(history.c.number)
     )
@@ -257,9 +261,9 @@ def approve(connection: sa.Connection, identifier: str, enqueue: Enqueue, by: st
     """
     row = get(connection, identifier)
     lock_model(connection, row["model"])
-    if row["hold"] and row["state"] == states.PLANNED:
-        if move(connection, row["id"], states.PLANNED, states.APPROVED, {"by": by}):
-            ensure_batch(connection, row["model"], enqueue)
+    waits = row["hold"] and row["state"] == states.PLANNED
+    if waits and move(connection, row["id"], states.PLANNED, states.APPROVED, {"by": by}):
+        ensure_batch(connection, row["model"], enqueue)
     row = get(connection, row["id"])
     if not row["hold"] or row["state"] in (states.RECEIVED, states.RESOLVED, states.CANCELLED):
         raise Conflict(f"request {row['id']} is {row['state']} and does not wait for approval")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sqlalchemy as sa
 
 from expunge.core.errors import ExpungeError, RequestError
@@ -29,7 +27,9 @@ def resolve(service: Service, identifier: str) -> bool:
     model, current = service.policy.model(row["model"]), service.current(row["model"])
     try:
         found = service.deleter(row["model"]).resolve(asked, service.current_folder(current))
-        if (why := in_vain(found)) and (model.unknown == "reject" or not (found.ids or found.already)):
+        if (why := in_vain(found)) and (
+            model.unknown == "reject" or not (found.ids or found.already)
+        ):
             raise RequestError(why)
         if found.ids and not found.left:
             raise RequestError("it covers all the data that is left; nothing would be kept")
@@ -58,9 +58,7 @@ def resolve(service: Service, identifier: str) -> bool:
         ):
             return
         if found.ids:
-            connection.execute(
-                sa.insert(samples), {"request": identifier, "ids": list(found.ids)}
-            )
+            connection.execute(sa.insert(samples), {"request": identifier, "ids": list(found.ids)})
             return
         result = {"outcome": "already-deleted", "version": current["version"] if current else 0}
         requests.move(
@@ -167,7 +165,7 @@ def forget(service: Service, batch: str, how: str) -> Json:
         `folder` of the version, or None if nothing was left to delete; `base`, the version it was made
         from; and the deletion's record.
     """
-    name, held, ids = service.database.read(lambda c: batches.contents(c, batch))
+    name, _, ids = service.database.read(lambda c: batches.contents(c, batch))
     parent, folder = service.versions(name), f"{batch}-{how}"
     if (record := versions.read(parent / folder)) is not None:
         return record
@@ -247,7 +245,12 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
     name, held, _ = service.database.read(lambda c: batches.contents(c, batch))
     covered = service.database.read(lambda c: batches.ids_by_request(c, held))
     record = {k: v for k, v in made.items() if k not in ("folder", "base")}
-    record |= {"batch": batch, "findings": found["findings"], "verdict": found["verdict"], **found["more"]}
+    record |= {
+        "batch": batch,
+        "findings": found["findings"],
+        "verdict": found["verdict"],
+        **found["more"],
+    }
     current = service.current(name)
     folder = None if made["folder"] is None else service.versions(name) / made["folder"]
     before = current
@@ -284,9 +287,7 @@ def reject(service: Service, batch: str, found: Json) -> None:
 
     def write(connection: sa.Connection) -> None:
         held = batches.members(connection, batch)
-        requests.move(
-            connection, held, states.RUNNING, states.AUDITED, {"broken": found["broken"]}
-        )
+        requests.move(connection, held, states.RUNNING, states.AUDITED, {"broken": found["broken"]})
         batches.end(connection, batch, states.REJECTED, why)
 
     service.database.write(write)

@@ -96,11 +96,15 @@ def tell(folder: Path, say: Say) -> dict[str, Any]:
             plan = _call(base, "GET", f"/requests/{sent['id']}/plan")["plan"]
             say(f"plan: {plan['sentence']}")
             unknown = _call(base, "POST", "/requests", {"model": "digits", "ids": [10**6]})
-            say(f"asked for a sample that nobody knows: {_wait(base, unknown['id'], began, say)['error']}")
+            say(
+                f"asked for a sample that nobody knows: {_wait(base, unknown['id'], began, say)['error']}"
+            )
             held = _call(base, "POST", "/requests", {"model": "digits", "label": [3]})
             _wait(base, held["id"], began, say)
             say("asked for all threes: more than 100 samples wait for approval, which we withdraw")
-            _call(base, "POST", f"/requests/{held['id']}/cancel", {"reason": "only a demonstration"})
+            _call(
+                base, "POST", f"/requests/{held['id']}/cancel", {"reason": "only a demonstration"}
+            )
             second = _call(base, "POST", "/predict", {"model": "digits", "inputs": picture})
             envelope = _call(base, "GET", f"/requests/{sent['id']}/certificate")
     finally:

@@ -17,7 +17,9 @@ requests = sa.Table(
     sa.Column("id", sa.Text, primary_key=True, comment="sortable identifier, 26 characters"),
     sa.Column("model", sa.Text, nullable=False, comment="name of the model in the policy file"),
     sa.Column("state", sa.Text, nullable=False, comment="see states.py"),
-    sa.Column("attempt", sa.Integer, nullable=False, comment="how often it was carried out, from 1"),
+    sa.Column(
+        "attempt", sa.Integer, nullable=False, comment="how often it was carried out, from 1"
+    ),
     sa.Column("key", sa.Text, unique=True, comment="idempotency key of whoever submitted it"),
     sa.Column("form", sa.Text, nullable=False, comment="what it names: ids, label, where, …"),
     sa.Column("reason", sa.Text, nullable=False, comment="why, in the words of who submitted it"),

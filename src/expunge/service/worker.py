@@ -102,9 +102,7 @@ class Worker:
 
     def _register(self) -> None:
         poll = self.service.policy.service.poll_seconds
-        DBOS.register_queue(
-            REQUESTS, worker_concurrency=self._requests, polling_interval_sec=poll
-        )
+        DBOS.register_queue(REQUESTS, worker_concurrency=self._requests, polling_interval_sec=poll)
         # one at a time in a process: methods draw from torch's global generators
         DBOS.register_queue(
             BATCHES, worker_concurrency=1, partition_concurrency=1,

@@ -78,7 +78,6 @@ def request_flow(identifier: str) -> str:
 @DBOS.workflow(name=BATCH_FLOW, max_recovery_attempts=RECOVERIES)
 def batch_flow(batch: str) -> str:
     """Claim all ready requests of a model, delete once for all of them, audit, release."""
-    service = _service()
     claimed: dict[str, Any] = _step("claim", 10, steps.claim, batch)
     if not claimed["requests"]:
         return "empty"

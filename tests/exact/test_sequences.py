@@ -141,7 +141,7 @@ def test_equally_long_prefixes_are_told_apart_by_their_score():
 
 @pytest.mark.parametrize(("shards", "slices", "orders"), [(5, 6, 1), (5, 6, 3), (5, 6, 6), (3, 4, 2), (5, 4, 24)])  # fmt: skip
 def test_s3t_invariant_5_simulated_lifetime_is_that_of_the_theory(shards, slices, orders):
-    lives = lifetime.simulate(cyclic(slices, orders), shards, 400, np.random.default_rng(orders))
+    lives = lifetime.simulate(cyclic(slices, orders), shards, 1200, np.random.default_rng(orders))
     error = lives.std(ddof=1) / math.sqrt(len(lives))
     wanted = lifetime.expected(shards, slices, orders)
     assert abs(lives.mean() - wanted) <= 3 * error

@@ -9,12 +9,15 @@ from torch.nn.functional import cross_entropy
 
 from expunge.core.data import Data
 from expunge.core.errors import AccessError, NeedsError, SettingError
+from expunge.core.method import unlearn
 from expunge.core.needs import Needs
+from expunge.core.pruned import keep_only
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.core.view import View
+from expunge.methods.general.finetune import FineTune
 from expunge.problems.classification import Classification
-from expunge.train.masks import only, parse, refuse_shared, resolve_mask, saliency
+from expunge.train.masks import only, parse, refuse_shared, resolve_mask, saliency, smallest
 
 FORGOTTEN = Request(ids=(1, 3, 4, 7, 8))
 LABELLED = Needs(forget=True, labels="forget")
@@ -236,3 +239,48 @@ def test_saliency_passes_over_frozen_parameters(problem):
     seen = view(problem)
     mask = saliency(seen.model(), seen, Runtime(), share=0.3)
     assert not bool(mask["0.weight"].any())
+
+
+# ------------------------------------------------------------------ small magnitudes
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_sparse_chooses_the_smallest_of_all(problem, share):
+    mask = resolve(problem, f"sparse({share})")
+    weights = torch.cat([p.detach().abs().flatten() for p in problem.model.parameters()])
+    chosen = torch.cat([m.flatten() for m in mask.values()])
+    assert list(mask) == [n for n, _ in problem.model.named_parameters()]
+    assert int(chosen.sum()) == int(share * len(weights))
+    if share < 1:
+        assert weights[chosen].max() <= weights[~chosen].min()
+
+
+def test_sparse_leaves_what_was_pruned_out(problem):
+    model = problem.model
+    kept = {n: torch.rand(p.shape) > 0.5 for n, p in model.named_parameters()}
+    keep_only(model, kept)
+    mask = smallest(model, share=0.25)
+    assert sum(int(m.sum()) for m in mask.values()) == int(0.25 * sum(int(k.sum()) for k in kept.values()))  # fmt: skip
+    assert not any(bool((mask[n] & ~kept[n]).any()) for n in kept)
+
+
+def test_sparse_training_keeps_large_weights_to_the_bit(problem):
+    before = {n: p.detach().clone() for n, p in problem.model.named_parameters()}
+    chosen = smallest(problem.model, share=0.3)
+    method = FineTune(epochs=2, lr=0.1, step="adamw", weight_decay=0.1, train="sparse(0.3)")
+    outcome = unlearn(problem, FORGOTTEN, method)
+    moved = {n: p != before[n] for n, p in outcome.model.named_parameters()}
+    assert any(bool(m.any()) for m in moved.values())
+    assert not any(bool((moved[n] & ~chosen[n]).any()) for n in moved)
+    assert outcome.details["trained_share"] == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("spec", ["sparse", "sparse(0)", "sparse(1.5)", "sparse(x)"])
+def test_sparse_without_a_share_is_no_choice(spec):
+    with pytest.raises(SettingError):
+        parse(spec)
+
+
+def test_sparse_of_nothing(problem):
+    with pytest.raises(SettingError, match="less than one"):
+        resolve(problem, "sparse(0.001)")

@@ -94,7 +94,10 @@ def _numbers(asked: Any, problem: Problem | None) -> tuple[list[int], tuple[str,
         asked = asked.reshape(-1).tolist()
     if isinstance(asked, (int, np.integer, str)):
         asked = [asked]
+    asked = list(asked)
     names = None if problem is None else problem.train.names
+    if not any(isinstance(item, str) for item in asked):
+        names = None
     known = {} if names is None else dict(zip(names, problem.train.ids.tolist(), strict=True))  # type: ignore[union-attr]
     ids, unknown = [], []
     for item in asked:

@@ -8,9 +8,9 @@ from expunge.exact.sequences import Order
 
 
 def prefixes(sequences: Iterable[Order]) -> list[Order]:
-    """Every distinct non-empty prefix, shortest first: the stages that have to be trained.
+    r"""Every distinct non-empty prefix, shortest first: the stages that have to be trained.
 
-    L cyclic sequences have L² of them, all L! sequences \\(\\sum_k L!/(L-k)!\\) in place of L·L!.
+    L cyclic sequences have L² of them, all L! sequences \(\sum_k L!/(L-k)!\) in place of L·L!.
     """
     found = {sequence[:k] for sequence in sequences for k in range(1, len(sequence) + 1)}
     return sorted(found, key=lambda prefix: (len(prefix), prefix))

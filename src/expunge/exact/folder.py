@@ -47,7 +47,7 @@ class Live:
 
     def write(self) -> bytes:
         """As it stands on disk, with a checksum against accidents."""
-        bits = base64.b64encode(np.packbits(self.deleted)).decode()
+        bits = base64.b64encode(np.packbits(self.deleted).tobytes()).decode()
         body = {"deleted": bits, "manifest": self.manifest, "number": self.number, "samples": len(self.deleted)}  # fmt: skip
         return canonical(body | {"check": hashlib.sha256(canonical(body)).hexdigest()})
 

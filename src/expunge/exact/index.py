@@ -109,9 +109,10 @@ def digests(data: Data) -> dict[int, str]:
 
 
 def _digests(data: Data) -> Iterator[tuple[int, str]]:
-    for id_ in data.ids.tolist():
-        one = data.fetch(torch.tensor([id_]))  # alone, since batches of texts are padded
-        parts = (
-            {"x": one.x} if isinstance(one.x, Tensor) else {f"x.{n}": t for n, t in one.x.items()}
-        )
-        yield id_, hash_tensors(parts | ({} if one.y is None else {"y": one.y}))
+    # texts one by one, since a batch of them is padded to its longest
+    size = 256 if isinstance(data.fetch(data.ids[:1]).x, Tensor) else 1
+    for batch in data.batches(size):
+        for place, id_ in enumerate(batch.ids.tolist()):
+            one = batch.rows(slice(place, place + 1))
+            parts = {"x": one.x} if size > 1 else {f"x.{n}": t for n, t in one.x.items()}
+            yield id_, hash_tensors(parts | ({} if one.y is None else {"y": one.y}))

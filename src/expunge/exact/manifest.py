@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from expunge.core.errors import StoreError
-from expunge.core.hashing import content_key
 from expunge.exact.index import Index
 from expunge.exact.plan import Shard, State
 from expunge.exact.sequences import Order
@@ -89,28 +88,6 @@ def state_of(manifest: Mapping[str, Any], index: Index, deleted: np.ndarray) -> 
             )
         )
     return tuple(found)
-
-
-def served_digests(manifest: Mapping[str, Any], state: State) -> list[tuple[int, list[str]]]:
-    """Content hashes of the stages that each live shard serves, first to last."""
-    known = digests_of(manifest)
-    return [
-        (s, [known[s, shard.served[:k]] for k in range(1, len(shard.served) + 1)])
-        for s, shard in enumerate(state)
-        if shard.served
-    ]
-
-
-def weights_hash(manifest: Mapping[str, Any], state: State) -> str:
-    """SHA-256 over the hash of the backbone and the content hashes of the stages that are served.
-
-    Equal if and only if the same tensors are served (up to collisions); no tensor has to be read.
-    """
-    return content_key([
-        manifest["backbone"]["hash"],
-        manifest["settings"]["aggregate"],
-        served_digests(manifest, state),
-    ])
 
 
 def dead_digests(manifest: Mapping[str, Any], state: State) -> set[str]:

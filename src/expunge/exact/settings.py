@@ -42,7 +42,7 @@ class Settings(Configured):
         "top-down", "where a slice's adapters sit: in its share of the blocks, or in all"
     )
     layers: tuple[str, ...] = setting(
-        (), "ends of the module names that adapters sit on, e.g. query,value; empty: all that fit"
+        (), "ends of the module names that adapters sit on, e.g. q_proj,v_proj; empty: all that fit"
     )
     head: Literal["auto", "train", "none"] = setting(
         "auto", "whether the last layer trains in every stage; auto: not of a language model"

@@ -12,12 +12,11 @@ SISA (Bourtoule et al. 2021): `adapter="whole", orders=1`.
 from __future__ import annotations
 
 import copy
-import functools
 import shutil
 import threading
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,38 +28,19 @@ from expunge.core.data import Inputs, map_inputs
 from expunge.core.errors import ModelError, NeedsError, SettingError, StoreError
 from expunge.core.hashing import hash_model
 from expunge.core.problem import Problem
-from expunge.core.runtime import Budget, Runtime
+from expunge.core.runtime import Runtime
 from expunge.exact import manifest as manifests
 from expunge.exact.asked import Asked, resolve
 from expunge.exact.ensemble import Ensemble
 from expunge.exact.folder import Folder, Live
-from expunge.exact.hazards import inspect
-from expunge.exact.index import Index, digests
+from expunge.exact.index import digests
+from expunge.exact.now import Now
 from expunge.exact.plan import Deleted, Plan, State, Status, plan, remaining_of
 from expunge.exact.settings import Settings
-from expunge.exact.slots import Slots, slots_of
+from expunge.exact.slots import Slots
 from expunge.exact.stages import served
-from expunge.exact.trainer import Trainer
+from expunge.exact.training import train_again, train_all
 from expunge.exact.verify import verify_folder
-
-
-@dataclass(frozen=True)
-class _Now:
-    """One consistent state; a deletion replaces it as a whole."""
-
-    live: Live
-    stamp: tuple[int, ...]
-    manifest: Mapping[str, Any]
-    index: Index
-    state: State
-
-    @functools.cached_property
-    def weights(self) -> str:
-        return manifests.weights_hash(self.manifest, self.state)
-
-    @functools.cached_property
-    def digests(self) -> dict[tuple[int, tuple[int, ...]], str]:
-        return manifests.digests_of(self.manifest)
 
 
 class Sharded:
@@ -81,8 +61,9 @@ class Sharded:
         self._folder, self._problem = Folder(folder), problem
         self._base = copy.deepcopy(base).requires_grad_(False).eval()
         self._lock = threading.RLock()
+        self._samples: dict[int, str] = {}  # digests of the data, once they are asked for
         self._members: dict[tuple[str, ...], nn.Module] = {}
-        self._now = self._read()
+        self._now = Now.read(self._folder)
 
     # ------------------------------------------------------------------ training
 
@@ -118,43 +99,11 @@ class Sharded:
             NeedsError: something breaks exactness and is not accepted.
             ExpungeError: a stage did not train to its end.
         """
-        how, outer = Settings.create(settings), runtime or Runtime()
-        seed = outer.seed if seed is None else seed
-        if outer.budget != Budget():
-            raise SettingError("a sharded training has no budget: where it stopped would be chance")
-        at = Folder(folder)
-        with at.locked("training", 1.0):
-            if at.exists():
-                raise SettingError(
-                    f"{at.path} holds a sharded model; load it or choose another folder"
-                )
-            problem.check()
-            base, backbone = _start(problem, how, seed, at)
-            slots = slots_of(problem, base, how)
-            index = _index(problem, how, seed, at)
-            samples = digests(problem.train)
-            held_out = set() if problem.valid is None else set(digests(problem.valid).values())
-            found = inspect(problem, how, fitted=fitted or {}, accept=accept, samples=samples, held_out=held_out, index=index)  # fmt: skip
-            for sentence in found.warnings:
-                outer.reporter.say(sentence)
-            trainer = Trainer(at, base, backbone["hash"], problem, how, slots, seed, outer, samples)
-            nothing = np.zeros(len(index.ids), dtype=bool)
-            with outer.task("sharded training", trainer.total(how.shards)) as task:
-                shards = [
-                    trainer.shard(s, 0, index, nothing, {}, task.advance) for s in range(how.shards)
-                ]
-            tensors, file = at.put(index.tensors())
-            made = {
-                "format": manifests.FORMAT, "created": manifests.now(), "packages": manifests.versions(),
-                "runtime": outer.describe(), "problem": {"kind": problem.kind, "name": problem.name},
-                "backbone": backbone, "settings": how.in_force(), "slots": slots.to_dict(),
-                "seed": seed, "index": {"tensors": tensors, "file": file}, "shards": shards,
-                "exactness": {"breaks": found.breaks, "warnings": list(found.warnings), "fitted": dict(fitted or {})},
-                "previous": None, "superseded": [],
-            }  # fmt: skip
-            at.commit(made, nothing, 0)
-            at.forget_notes()
-        return cls(at.path, base, problem)
+        base = train_all(
+            problem, Folder(folder), Settings.create(settings), seed, runtime or Runtime(),
+            fitted=fitted or {}, accept=accept,
+        )  # fmt: skip
+        return cls(folder, base, problem)
 
     @classmethod
     def load(cls, folder: str | Path, backbone: nn.Module | Problem) -> Sharded:
@@ -174,7 +123,7 @@ class Sharded:
             ModelError: it was trained on another backbone.
         """
         problem = backbone if isinstance(backbone, Problem) else None
-        base = copy.deepcopy(problem.model if isinstance(backbone, Problem) else backbone)
+        base = copy.deepcopy(backbone.model if isinstance(backbone, Problem) else backbone)
         at = Folder(folder)
         named = at.manifest(at.live().manifest)["backbone"]
         if named["stored"]:
@@ -245,11 +194,12 @@ class Sharded:
                 deleted[places] = True
                 live = Live(now.live.manifest, deleted, now.live.number + 1)
                 self._folder.put_live(live)
-                after = _Now(live, self._folder.stamp(), now.manifest, now.index, state)
+                after = replace(now, live=live, stamp=self._folder.stamp(), state=state)
                 self._now = after
-                if found.off:
-                    for digest in manifests.dead_digests(now.manifest, state):
-                        self._folder.erase(digest)
+                gone = {now.digests[s, p] for s, prefixes in found.off.items() for p in prefixes}
+                gone = gone - after.alive if gone else gone
+                for digest in gone:
+                    self._folder.erase(digest)
         return Deleted(
             plan=found,
             weights_before=now.weights,
@@ -298,43 +248,19 @@ class Sharded:
         """
         if self._problem is None:
             raise NeedsError("retraining needs the data; load the model with its problem")
-        outer = runtime or Runtime()
         with self._folder.locked("training", 1.0):
             now = self._refreshed()
-            how, slots = self.settings, self._slots
-            wanted = sorted(set(self.status().dead if shards is None else shards))
-            if not set(wanted) <= set(range(how.shards)):
-                raise SettingError(f"shards are numbered 0 to {how.shards - 1}, not {max(wanted)}")
-            samples = digests(self._problem.train)
-            index, entries = now.index, [dict(s) for s in now.manifest["shards"]]
-            seed, deleted = int(now.manifest["seed"]), now.live.deleted
-            known = {
-                stage["key"]: stage
-                for s, prefix, stage in manifests.stages(now.manifest)
-                if now.state[s].dead.isdisjoint(prefix)
-            }
-            trainer = Trainer(self._folder, self._base, now.manifest["backbone"]["hash"], self._problem, how, slots, seed, outer, samples)  # fmt: skip
-            with outer.task("sharded training", trainer.total(len(wanted))) as task:
-                for s in wanted:
-                    generation = entries[s]["generation"] + (not keep_slices)
-                    generator = Runtime(seed=seed).generator("slices", s, generation)
-                    index = index.resliced(
-                        s, how.slices, deleted, None if keep_slices else generator
-                    )
-                    entries[s] = trainer.shard(s, generation, index, deleted, known, task.advance)
+            dead = [s for s, shard in enumerate(now.state) if shard.served is None]
+            wanted = sorted(set(dead if shards is None else shards))
+            self._samples = self._samples or digests(self._problem.train)
+            made = train_again(
+                self._problem, self._folder, self._base, now, self._samples, wanted, keep_slices,
+                runtime or Runtime(),
+            )  # fmt: skip
             with self._lock, self._folder.locked():
                 now = self._refresh()
-                tensors, file = self._folder.put(index.tensors())
-                made = dict(now.manifest) | {
-                    "created": manifests.now(), "packages": manifests.versions(), "shards": entries,
-                    "index": {"tensors": tensors, "file": file}, "previous": now.live.manifest,
-                }  # fmt: skip
-                made["superseded"] = sorted(
-                    {*now.digests.values(), now.manifest["index"]["tensors"]}
-                    - {*manifests.digests_of(made).values(), tensors}
-                )
                 self._folder.commit(made, now.live.deleted, now.live.number + 1)
-                self._now = self._read()
+                self._now = Now.read(self._folder)
             self._folder.forget_notes()
             self._sweep()
             self._folder.collect(manifests.files_of(self._now.manifest))
@@ -351,7 +277,7 @@ class Sharded:
         with self._lock:
             for attempt in (0, 1):
                 now = self._refreshed()
-                chains = [tuple(d) for _, d in manifests.served_digests(now.manifest, now.state)]
+                chains = [tuple(d) for _, d in now.served]
                 try:
                     members = {c: self._members.get(c) or self._member(c, now) for c in chains}
                 except StoreError:
@@ -401,7 +327,7 @@ class Sharded:
         return not self._now.manifest["exactness"]["breaks"]
 
     def weights_hash(self) -> str:
-        """Hash of the weights that are served; see `manifest.weights_hash`."""
+        """Hash of the weights that are served; see `now.Now.weights`."""
         return self._refreshed().weights
 
     def verify(self) -> list[str]:
@@ -417,12 +343,12 @@ class Sharded:
     def _slots(self) -> Slots:
         return Slots.read(self._now.manifest["slots"])
 
-    def _member(self, chain: tuple[str, ...], now: _Now) -> nn.Module:
+    def _member(self, chain: tuple[str, ...], now: Now) -> nn.Module:
         how = Settings.create(now.manifest["settings"])
         stages = [self._folder.get(d) for d in chain]
         return served(self._base, how, Slots.read(now.manifest["slots"]), stages)
 
-    def _planned(self, now: _Now, asked: Asked) -> tuple[Plan, State, np.ndarray]:
+    def _planned(self, now: Now, asked: Asked) -> tuple[Plan, State, np.ndarray]:
         found = resolve(asked, now.index, now.live.deleted, self._problem)
         made, state = plan(
             now.state,
@@ -433,21 +359,13 @@ class Sharded:
         )
         return made, state, found.places
 
-    def _read(self) -> _Now:
-        stamp = self._folder.stamp()
-        live = self._folder.live()
-        manifest = manifests.check(self._folder.manifest(live.manifest))
-        index = Index.read(self._folder.get(manifest["index"]["tensors"]))
-        state = manifests.state_of(manifest, index, live.deleted)
-        return _Now(live, stamp, manifest, index, state)
-
-    def _refresh(self) -> _Now:
+    def _refresh(self) -> Now:
         """Read what another process has changed; call inside the locks."""
         if self._folder.stamp() != self._now.stamp:
-            self._now = self._read()
+            self._now = Now.read(self._folder)
         return self._now
 
-    def _refreshed(self) -> _Now:
+    def _refreshed(self) -> Now:
         with self._lock:
             if self._folder.stamp() == self._now.stamp:
                 return self._now
@@ -461,32 +379,3 @@ class Sharded:
             self._folder.settle(now.live.manifest)
             for digest in manifests.dead_digests(now.manifest, now.state):
                 self._folder.erase(digest)
-
-
-def _start(
-    problem: Problem, how: Settings, seed: int, folder: Folder
-) -> tuple[nn.Module, dict[str, Any]]:
-    """What training starts from, and what the manifest says of it."""
-    if how.start == "model":
-        base = copy.deepcopy(problem.model)
-        return base, {"start": "model", "hash": hash_model(base), "stored": None}
-    base = problem.fresh(Runtime(seed=seed).seed_for("start"))
-    tensors, file = folder.put(base.state_dict())
-    return base, {"start": "fresh", "hash": hash_model(base), "stored": {"tensors": tensors, "file": file}}  # fmt: skip
-
-
-def _index(problem: Problem, how: Settings, seed: int, folder: Folder) -> Index:
-    """Slices of the samples; those of an interrupted training with the same ones, whose salt is kept."""
-    generator = Runtime(seed=seed).generator("slices")
-    made = Index.of(problem.train.ids, how.shards, how.slices, generator)
-    noted = folder.noted("index")
-    if noted is not None:
-        old = Index.read(folder.get(noted["tensors"]))
-        same = all(
-            np.array_equal(getattr(old, n), getattr(made, n)) for n in ("ids", "shard", "piece")
-        )
-        if same:
-            return old
-    tensors, file = folder.put(made.tensors())
-    folder.note("index", {"tensors": tensors, "file": file})
-    return made

@@ -57,9 +57,10 @@ def served(
     model = assemble(base, settings, slots, stages)
     if settings.adapter != WHOLE:
         model = adapters.merged(model)
-        mine = dict(base.named_parameters())
+        # both names of a weight that two modules share, so that they go on sharing it
+        mine = dict(base.named_parameters(remove_duplicate=False))
         moved = tuple(f"{n}." for k in range(len(stages)) for n in slots.modules[k])
-        for name, _ in list(model.named_parameters()):
+        for name, _ in list(model.named_parameters(remove_duplicate=False)):
             if not name.startswith(moved) and name not in slots.head:
                 owner, _, last = name.rpartition(".")
                 model.get_submodule(owner)._parameters[last] = mine[name]
@@ -170,7 +171,8 @@ def score(problem: Problem, model: nn.Module, batch_size: int = 256) -> list[flo
     for batch in problem.valid.batches(batch_size):
         if problem.kind == "classification":
             logits, each = problem.logits_and_loss(model, batch)
-            right += float((logits.argmax(1) == batch.y).sum())
+            assert batch.y is not None
+            right += float(logits.argmax(1).eq(batch.y).sum())
         else:
             each = problem.each_loss(model, batch)
         total += float(each.sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -214,6 +214,20 @@ class Plot:
                 f'<text transform="translate(11,{middle:.1f}) rotate(-90)" text-anchor="middle" class="label">{escape(self.y_label)}</text>'
             )
         return "".join([*parts, *self.marks, "</svg>"])
+
+    def standalone(self, colours: Mapping[str, str]) -> str:
+        """Return the panel as a file of its own, which has no page to take colours from.
+
+        Args:
+            colours: of the styles of lines, by name.
+        """
+        rules = (
+            "svg{font:12px sans-serif;background:#fff}.grid{stroke:#ddd}.axis,.leader{stroke:#888}"
+        )
+        rules += ".line{fill:none;stroke-width:2}"
+        rules += "".join(f".{name}{{stroke:{colour}}}" for name, colour in colours.items())
+        head, end, rest = self.svg().partition(">")
+        return f"{head}{end}<style>{rules}</style>{rest}\n"
 
     def _x_ticks(self) -> Sequence[tuple[float, str]]:
         if self.x_ticks is not None:

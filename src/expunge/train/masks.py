@@ -20,7 +20,9 @@ from expunge.core.runtime import Runtime
 from expunge.core.view import View
 
 Mask = Mapping[str, Tensor]
-CHOICES = "full, last(K), role(NAME), role(NAME, A-B), saliency(Q), lora(R) or lora(R, NAME)"
+CHOICES = (
+    "full, last(K), role(NAME), role(NAME, A-B), saliency(Q), sparse(Q), lora(R) or lora(R, NAME)"
+)
 
 
 def resolve_mask(spec: str, model: nn.Module, view: View, runtime: Runtime) -> Mask | None:
@@ -29,7 +31,7 @@ def resolve_mask(spec: str, model: nn.Module, view: View, runtime: Runtime) -> M
     Args:
         spec: `full`; `last(K)`: the last K linear or convolution layers; `role(NAME)`: the modules
             that play a role, with `role(NAME, A-B)` those in blocks A to B, counted from 0; `saliency(Q)`: the share Q of coordinates most salient for the forget
-            set; `lora(R)`: adapters, which are on the model already (see `adapters.py`).
+            set; `sparse(Q)`: the share Q of smallest coordinates; `lora(R)`: adapters, which are on the model already (see `adapters.py`).
         model: the model to train.
         view: for roles and saliency.
         runtime: counts the gradients that saliency takes.
@@ -47,6 +49,8 @@ def resolve_mask(spec: str, model: nn.Module, view: View, runtime: Runtime) -> M
         return None
     if kind in ("last", "role"):
         return only(model, layers_of(spec, model, view))
+    if kind == "sparse":
+        return smallest(model, share=float(argument))
     return saliency(model, view, runtime, share=float(argument))
 
 
@@ -95,13 +99,13 @@ def parse(spec: str) -> tuple[str, str]:
     Raises:
         SettingError: it is none of the choices, or the argument is out of range.
     """
-    match = re.fullmatch(r"(full|last|role|saliency|lora)(?:\((.+)\))?", spec.strip())
+    match = re.fullmatch(r"(full|last|role|saliency|sparse|lora)(?:\((.+)\))?", spec.strip())
     if match is None or (match[1] == "full") != (match[2] is None):
         raise SettingError(f"train={spec!r} is not a choice; use {CHOICES}")
     kind, argument = match[1], match[2] or ""
     try:
         bad = (kind in ("last", "lora") and int(argument.partition(",")[0]) < 1) or (
-            kind == "saliency" and not 0 < float(argument) <= 1
+            kind in ("saliency", "sparse") and not 0 < float(argument) <= 1
         )
     except ValueError:
         bad = True
@@ -220,13 +224,43 @@ def saliency(
             if gradient is not None:
                 total[name] += gradient / batch.processes
         runtime.cost.gradients += len(batch)
-    flat = torch.cat([runtime.sum(t).abs().reshape(-1) for t in total.values()])
-    count = int(share * len(flat))
+    scores = {n: runtime.sum(t).abs() for n, t in total.items()}
+    return _first(
+        scores, int(share * sum(t.numel() for t in scores.values())), f"saliency({share:g})"
+    )
+
+
+@torch.no_grad()
+def smallest(model: nn.Module, *, share: float) -> Mask:
+    r"""The coordinates of smallest \(|\theta|\), which hardly act (Hu et al. 2024, SaRA).
+
+    Over all parameters together, exactly `floor(share · P)` of the P weights that the model was not
+    pruned of (ties broken by position). Biases and fresh norms are zeros, so nearly all are chosen.
+
+    Args:
+        model: the model at \(\theta_0\).
+        share: \(0 < q \le 1\).
+
+    Returns:
+        The mask.
+
+    Raises:
+        SettingError: the share is so small that no weight is left to move.
+    """
+    kept = kept_of(model) or {}
+    scores = {n: -p.float().abs() for n, p in model.named_parameters()}
+    for name, mask in kept.items():
+        scores[name] = scores[name].masked_fill(~mask.to(scores[name].device), -torch.inf)
+    free = sum(int(kept[n].sum()) if n in kept else t.numel() for n, t in scores.items())
+    return _first(scores, int(share * free), f"sparse({share:g})")
+
+
+def _first(scores: Mapping[str, Tensor], count: int, spec: str) -> Mask:
+    """The coordinates of the largest scores of all tensors together, ties broken by position."""
+    flat = torch.cat([t.reshape(-1) for t in scores.values()])
     if not count:
-        raise SettingError(
-            f"no weight may move: saliency({share:g}) of {len(flat)} is less than one"
-        )
+        raise SettingError(f"no weight may move: {spec} of {len(flat)} is less than one")
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[flat.argsort(descending=True, stable=True)[:count]] = True
-    parts = chosen.split([t.numel() for t in total.values()])
-    return {n: part.view_as(t) for (n, t), part in zip(total.items(), parts, strict=True)}
+    parts = chosen.split([t.numel() for t in scores.values()])
+    return {n: part.view_as(t) for (n, t), part in zip(scores.items(), parts, strict=True)}

@@ -41,7 +41,7 @@ class Training(Method):
         "constant", "learning rate over the epochs: constant, or falling as half a cosine"
     )
     train: str = setting(
-        "full", "weights that move: full, last(K), role(NAME), saliency(Q), lora(R)"
+        "full", "weights that move: full, last(K), role(NAME), saliency(Q), sparse(Q), lora(R)"
     )
     norm: NormMode = setting("train", "running statistics: train, frozen or recalibrate")
 

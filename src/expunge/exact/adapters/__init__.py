@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from expunge.exact.adapters.base import (
-    Map,
     SliceAdapter,
     activate,
     active,
     base_hash,
     by_name,
     count,
-    effective,
     fitting,
     groups,
     load,
     maps_of,
+    merge,
     merged,
     parameters,
     remove,
@@ -24,15 +23,22 @@ from expunge.exact.adapters.base import (
     train_only,
 )
 from expunge.exact.adapters.lora import LoRA
+from expunge.exact.adapters.maps import Map, effective
+from expunge.exact.adapters.scale_shift import ScaleShift
+from expunge.exact.adapters.sparse import SparseMagnitude
+from expunge.exact.adapters.tucker import Tucker
 
-ADAPTERS: dict[str, Any] = {a.name: a for a in (LoRA,)}
+ADAPTERS: dict[str, Any] = {a.name: a for a in (LoRA, ScaleShift, Tucker, SparseMagnitude)}
 """Kinds of adapters by the name that a setting gives them."""
 
 __all__ = [
     "ADAPTERS",
     "LoRA",
     "Map",
+    "ScaleShift",
     "SliceAdapter",
+    "SparseMagnitude",
+    "Tucker",
     "activate",
     "active",
     "base_hash",
@@ -43,6 +49,7 @@ __all__ = [
     "groups",
     "load",
     "maps_of",
+    "merge",
     "merged",
     "parameters",
     "remove",

@@ -5,29 +5,30 @@ of a module are its own with the maps of the *active* groups applied in order of
 \(f_k \circ \dots \circ f_1\), so that a group that is off is skipped, not multiplied by zero, and
 merging is writing down what a forward pass would have used.
 
-The module keeps its own weights under their own names. Its class becomes a subclass in which reading
-`weight` or `bias` gives the effective tensor; forward passes, `torch.func.functional_call`,
-`copy.deepcopy` and state dicts work as before, with the maps' tensors as further entries. (With
-`torch.nn.utils.parametrize` the names of the base weights would change, and a layer without bias
-could not get one.) Nothing is kept between two forward passes; serve `merged(model)`.
+How a module comes to read them is in `maps.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import ModelError, SettingError
 from expunge.core.hashing import hash_tensors
-
-HOLDER = "slice_maps"
-"""Name of the submodule that holds an adapted module's maps."""
+from expunge.exact.adapters.maps import (
+    HOLDER,
+    Map,
+    Maps,
+    adapt,
+    effective,
+    holder_of,
+    restore_class,
+)
 
 
 class SliceAdapter(Protocol):
@@ -55,96 +56,6 @@ class SliceAdapter(Protocol):
         """Whether there is a map of this kind for a module."""
 
 
-class Map(nn.Module):
-    """A map of one module's weights. Its parameters are what trains."""
-
-    def change(self, name: str, value: Tensor | None) -> Tensor | None:
-        """Give the new value of the module's own parameter `name`; None stands for none."""
-        return value
-
-    def stored(self) -> dict[str, Tensor]:
-        """Return the tensors to keep, by name."""
-        return {n: t.detach().cpu().clone().contiguous() for n, t in self.state_dict().items()}
-
-
-class Maps(nn.Module):
-    """All maps of one module by group, in order of attachment."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.order: dict[str, int] = {}
-        self.active: frozenset[str] = frozenset()
-
-    def held(self, until: str | None = None) -> Iterator[Map]:
-        """Yield the maps that act, those before the group `until` if one is named."""
-        for group in self.order:
-            if group == until:
-                return
-            if group in self.active:
-                yield self._modules[group]  # type: ignore[misc]
-
-
-class _Adapted:
-    """Mixed into the class of an adapted module; see `_adapted`."""
-
-    _plain: ClassVar[type[nn.Module]]
-    _names: ClassVar[tuple[str, ...]]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by the plain class, since this one has no name to import."""
-        state = super().__reduce_ex__(protocol)[2]
-        return _blank, (self._plain, self._names), state
-
-    def train(self, mode: bool = True) -> Any:
-        """Switch to training mode, except normalisation: its running statistics are frozen too."""
-        still = isinstance(self, nn.modules.batchnorm._NormBase)
-        return self._plain.train(self, mode and not still)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _adapted(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """Make the subclass in which the parameters `names` read as their effective values."""
-
-    def reader(name: str) -> property:
-        def read(module: nn.Module) -> Tensor | None:
-            try:
-                return effective(module, name)
-            except AttributeError as error:
-                # nn.Module would go on and find the base weight
-                raise RuntimeError(f"a map of {name} failed: {error}") from error
-
-        return property(read)
-
-    space = {n: reader(n) for n in names} | {"_plain": plain, "_names": names}
-    return type(f"Adapted{plain.__name__}", (_Adapted, plain), space)
-
-
-def _blank(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    kind = _adapted(plain, names)
-    return kind.__new__(kind)
-
-
-def effective(module: nn.Module, name: str, until: str | None = None) -> Tensor | None:
-    """Apply the active maps of a module to its own parameter.
-
-    Args:
-        module: adapted or not.
-        name: of the parameter, such as `weight`.
-        until: stop before this group.
-
-    Returns:
-        The parameter itself if no map acts; None if there is none.
-    """
-    value = module._parameters[name]
-    maps = module._modules.get(HOLDER)
-    if maps is None:
-        return value
-    found: Tensor | None = value
-    for one in maps.held(until):
-        found = one.change(name, found)
-    return found
-
-
 def insert(model: nn.Module, group: str, maps: Mapping[str, Map]) -> None:
     """Put maps on modules, in place, as a new active group; the last in order.
 
@@ -156,26 +67,24 @@ def insert(model: nn.Module, group: str, maps: Mapping[str, Map]) -> None:
         maps: one for each name of a module.
 
     Raises:
-        SettingError: the name is taken or cannot be one, or no module is named.
+        SettingError: the name is taken or cannot be one.
         ModelError: a module is named twice.
     """
     if not re.fullmatch(r"[\w:/@+-]+", group) or hasattr(Maps(), group):
         raise SettingError(f"{group!r} cannot be the name of a group; use letters and digits")
     if group in groups(model):
         raise SettingError(f"the model has a group {group!r}; choose another name")
-    if not maps:
-        raise SettingError(f"no module is named for the group {group!r}")
     chosen = [model.get_submodule(name) for name in maps]
     if len({id(m) for m in chosen}) < len(chosen):
         raise ModelError("two of the names are of one module, which can take a map once a group")
     place = 1 + max((n for m in _holders(model).values() for n in m.order.values()), default=-1)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-            _adapt(module)
+            adapt(module)
             module.eval()
     for module, one in zip(chosen, maps.values(), strict=True):
-        _adapt(module)
-        holder = module._modules.get(HOLDER)
+        adapt(module)
+        holder = holder_of(module)
         if holder is None:
             holder = Maps().train(module.training)
             module.add_module(HOLDER, holder)
@@ -184,17 +93,15 @@ def insert(model: nn.Module, group: str, maps: Mapping[str, Map]) -> None:
         holder.active |= {group}
 
 
-def _adapt(module: nn.Module) -> None:
-    if not isinstance(module, _Adapted):
-        module.__class__ = _adapted(type(module), tuple(module._parameters))
-
-
 def named(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Module]:
     """Find modules by name.
 
     Raises:
         ModelError: there is none of a name.
+        SettingError: no name is given.
     """
+    if not modules:
+        raise SettingError("no module is named for the adapter to act on")
     known = dict(model.named_modules(remove_duplicate=False))
     missing = [n for n in modules if n not in known]
     if missing:
@@ -341,41 +248,50 @@ def train_only(model: nn.Module, group: str, also: Collection[str] = ()) -> None
     own = parameters(model, group)
     if group not in active(model):
         raise SettingError(f"the group {group!r} is off and would not train; activate it first")
-    names = [n for n, _ in model.named_parameters() if f".{HOLDER}." not in f".{n}"]
-    inside = {a: [n for n in names if n == a or n.startswith(f"{a}.")] for a in also}
+    # a tied weight answers to all its names
+    base = {
+        n: p
+        for n, p in model.named_parameters(remove_duplicate=False)
+        if f".{HOLDER}." not in f".{n}"
+    }
+    inside = {a: [p for n, p in base.items() if n == a or n.startswith(f"{a}.")] for a in also}
     empty = [a for a, found in inside.items() if not found]
     if empty:
         raise SettingError(f"the model has no parameter {empty[0]!r} to train beside the group")
-    moving = {*own, *(n for found in inside.values() for n in found)}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in moving)
+    moving = {id(p) for found in (own.values(), *inside.values()) for p in found}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in moving)
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """Copy a model with its active maps written into the weights; see `merge`."""
+    return merge(copy.deepcopy(model))
 
 
 @torch.no_grad()
-def merged(model: nn.Module) -> nn.Module:
-    """Copy a model with its active maps written into the weights, as the architecture it came from.
+def merge(model: nn.Module) -> nn.Module:
+    """Write the active maps of a model into its weights in place, and take all groups off.
 
-    A weight that two modules share is written for each of them, so they no longer share it if a map
-    of one acts on it. All weights of the copy may train.
+    What is left is the architecture it came from, whose weights may all train. A weight that two
+    modules share is written for each of them, so they no longer share it if a map of one acts on it.
+
+    Returns:
+        The model.
     """
-    model = copy.deepcopy(model)
     for module in model.modules():
-        if HOLDER not in module._modules or not module._modules[HOLDER].active:  # type: ignore[union-attr]
+        if holder_of(module) is None:
             continue
         for name, value in list(module._parameters.items()):
             new = effective(module, name)
             if new is not None and new is not value:
                 module._parameters[name] = nn.Parameter(new.detach().clone())
-    remove(model)
-    return model
+    return remove(model)
 
 
 def remove(model: nn.Module) -> nn.Module:
     """Take all groups off a model in place; it is the base again, to the bit. Its weights may train."""
     for module in list(model.modules()):
-        module._modules.pop(HOLDER, None)
-        if isinstance(module, _Adapted):
-            module.__class__ = module._plain
+        restore_class(module)
     return model.requires_grad_(True)
 
 
@@ -404,7 +320,8 @@ def by_name(spec: str) -> SliceAdapter:
 
 
 def _holders(model: nn.Module) -> dict[str, Maps]:
-    return {n: m._modules[HOLDER] for n, m in model.named_modules() if HOLDER in m._modules}  # type: ignore[misc]
+    found = {name: holder_of(module) for name, module in model.named_modules()}
+    return {name: maps for name, maps in found.items() if maps is not None}
 
 
 def _check(model: nn.Module, chosen: Collection[str]) -> None:

@@ -75,8 +75,7 @@ class Layout:
 
 def new(module: nn.Module, *shape: int, value: float = 0.0) -> nn.Parameter:
     """Make a constant parameter for a module's map, in at least float32 and where the module is."""
-    like = next((t for t in module._parameters.values() if t is not None), None)
-    if like is None:
-        like = next(iter(module.buffers(recurse=False)), torch.zeros(()))
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    like = own[0] if own else torch.zeros(())
     dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else None
     return nn.Parameter(torch.full(shape, value, dtype=dtype, device=like.device))

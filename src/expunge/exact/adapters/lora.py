@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import ModelError, SettingError
-from expunge.exact.adapters.base import Map, fill, insert, named
+from expunge.exact.adapters.base import fill, insert, named
 from expunge.exact.adapters.layout import Layout, is_dense, new
+from expunge.exact.adapters.maps import Map
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class LoRA:
     """
 
     name: ClassVar[str] = "lora"
-    usage: ClassVar[str] = "lora(R)"
+    usage: ClassVar[str] = "lora(R) or lora(R,ALPHA)"
 
     rank: int = 8
     alpha: float | None = None
@@ -43,7 +44,10 @@ class LoRA:
     @classmethod
     def of(cls, given: Sequence[str]) -> Self:
         """Read `lora(R)` or `lora(R,ALPHA)`."""
-        return cls(int(given[0]), *map(float, given[1:])) if given else cls()
+        if not given:
+            return cls()
+        rank, alpha = given if len(given) > 1 else (given[0], None)
+        return cls(int(rank), None if alpha is None else float(alpha))
 
     @property
     def scale(self) -> float:
@@ -65,11 +69,9 @@ class LoRA:
         generator = torch.Generator().manual_seed(seed)
         maps: dict[str, Map] = {}
         for name, module in named(model, modules).items():
-            one = self._blank(module, name)
-            bound = 1 / math.sqrt(one.A.shape[1])
-            values = torch.empty(one.A.shape).uniform_(-bound, bound, generator=generator)
-            one.A.data.copy_(values)
-            maps[name] = one
+            maps[name] = one = self._blank(module, name)
+            values = 2 * torch.rand(one.A.shape, generator=generator) - 1
+            one.A.data.copy_(values / math.sqrt(one.A.shape[1]))
         insert(model, group, maps)
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Map:

@@ -122,7 +122,7 @@ class ConceptMask(TextTraining):
     schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate over the epochs: constant, or falling as half a cosine", source="released code")  # fmt: skip
     warmup: float = setting(0.03, "share of the steps in which the learning rate rises", low=0, high=1, source="released code")  # fmt: skip
     decay: Literal["linear", "none"] = setting("none", "learning rate after that, beside the schedule: falls to 0, or stays")  # fmt: skip
-    train: str = setting("lora(8, attention in)", "weights that move: full, last(K), role(NAME), saliency(Q), lora(R)", source="released code: queries and values")  # fmt: skip
+    train: str = setting("lora(8, attention in)", "weights that move: full, last(K), role(NAME), saliency(Q), sparse(Q), lora(R)", source="released code: queries and values")  # fmt: skip
     poison: Literal["mask", "idk"] = setting("mask", "answers to train on: masked ones, or refusals", source="paper")  # fmt: skip
     words: Literal["ig", "random", "names"] = setting("ig", "what is masked: the words the answers rest on, words at random, or names alone", source="paper")  # fmt: skip
     k: int = setting(5, "words of an answer that are masked beside names", low=0, source="paper")

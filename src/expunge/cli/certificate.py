@@ -127,7 +127,8 @@ def verify(
         found = certificate.verify(envelope, trusted, weights, predecessor=before)
     except EnvelopeError as error:
         found = certificate.Verdict(False, [str(error)])
-    faults, checked, unchecked = list(found.faults), list(found.checked), list(found.unchecked)
+    faults = [f.replace("the certificate", file.name, 1) for f in found.faults]
+    checked, unchecked = list(found.checked), list(found.unchecked)
     if ledger is not None:
         faults += _against(ledger, found.statement, checked, unchecked)
     predicate = (found.statement or {}).get("predicate") or {}

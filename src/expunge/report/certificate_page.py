@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from expunge.core.errors import ExpungeError, UserError
 from expunge.report.certificate import fingerprint, statement_of
@@ -92,7 +92,7 @@ def render_pdf(envelope: Any) -> bytes:
     return _typeset(envelope, "pdf")[0]
 
 
-def _typeset(envelope: Any, form: str) -> list[bytes]:
+def _typeset(envelope: Any, form: Literal["pdf", "png"]) -> list[bytes]:
     try:
         import typst
     except ImportError as error:
@@ -106,7 +106,7 @@ def _typeset(envelope: Any, form: str) -> list[bytes]:
         )
     except RuntimeError as error:
         raise ExpungeError(f"the PDF could not be set: {error}") from error
-    return list(made) if isinstance(made, list) else [made]
+    return list(made) if isinstance(made, list) else [made or b""]
 
 
 def _facts(predicate: Mapping[str, Any], envelope: Any) -> Iterator[dict[str, Any]]:

@@ -124,6 +124,16 @@ CLASSES: Mapping[EvidenceClass, Wording] = {
 """What each evidence class is worth."""
 
 
+def markdown() -> str:
+    """The table for guides: what each class lets one say to a regulator, and what not."""
+    lines = ["| evidence | may be said | may not be said | rests on |", "|---|---|---|---|"]
+    for name, wording in CLASSES.items():
+        cells = [wording.may_say, wording.may_not_say, wording.rests_on]
+        joined = " | ".join("<br>".join(cell) for cell in cells)
+        lines.append(f"| **{name}**: {wording.means.partition(': ')[2]} | {joined} |")
+    return "\n".join(lines) + "\n"
+
+
 def evidence_class(intent: str, guarantee: str, change: str = "weights") -> EvidenceClass:
     """The class of a result: the weakest of what method, guarantee and kind of change allow.
 

@@ -317,7 +317,7 @@ def _check(key: PublicKey, path: Path) -> None:
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds a key or a time that cannot be read") from error
     if len(raw) != 32 or hashlib.sha256(raw).hexdigest() != key.id:
-        raise UserError(f"{path}: the key {key.id[:16]} was changed; its id does not fit")
+        raise UserError(f"{path}: the key {str(key.id)[:16]} was changed; its id does not fit")
 
 
 def _time(text: str) -> dt.datetime:

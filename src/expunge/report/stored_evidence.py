@@ -129,14 +129,18 @@ def _subjects(run: Run, weights: str | Path | None) -> list[Mapping[str, Any]]:
         raise StoreError(f"run {run.id} records no weights")
     changed = (run.record.get("change") or {}).get("hash")
     if weights is None:
-        known = [weights_subject(recorded)]
-        return [*known, weights_subject(changed, "change")] if changed else known
+        known: list[Mapping[str, Any]] = [weights_subject(recorded)]
+        if changed:
+            known.append(weights_subject(changed, "change"))
+        return known
     found = describe(weights)
     tensors = weights_of(found)
     if tensors not in (recorded, changed) or tensors is None:
         raise UserError(f"{weights} does not hold the weights of run {run.id}, nor its change")
-    files = [s for s in found if s["name"] != "weights"]
-    extra = [weights_subject(changed, "change")] if tensors == changed else []
+    files: list[Mapping[str, Any]] = [s for s in found if s["name"] != "weights"]
+    extra: list[Mapping[str, Any]] = []
+    if tensors == changed:
+        extra = [weights_subject(changed, "change")]
     return [*files, weights_subject(recorded), *extra]
 
 

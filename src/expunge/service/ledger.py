@@ -32,9 +32,14 @@ import sqlalchemy as sa
 
 from expunge.core.errors import ExpungeError, UserError
 from expunge.core.hashing import plain
+from expunge.service.ledger_tables import ZERO, create, heads, metadata, rows, selectors
 
-ZERO = "0" * 64
-"""What the first row names as the hash before it."""
+__all__ = [
+    "ZERO", "Entry", "Head", "append", "checkpoint", "commitment", "commitments", "create",
+    "entries", "export", "head", "keep", "kept", "locate", "metadata", "open_engine", "purge",
+    "record", "salt_of", "scrub", "verify",
+]  # fmt: skip
+
 PREFIX = b"expunge-ledger-v1\n"
 EXACT = 2**53 - 1
 """The largest whole number that every reader of JSON keeps."""
@@ -43,52 +48,6 @@ NAME = re.compile(r"[!-~]{0,200}")
 BUSY_SECONDS = 60.0
 PURGED = "purged"
 """Kind of the entry that says that selectors were taken away."""
-
-metadata = sa.MetaData()
-rows = sa.Table(
-    "ledger",
-    metadata,
-    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False, comment="1, 2, 3, …"),
-    sa.Column("time", sa.Text, nullable=False, comment="when it was written, ISO 8601, UTC"),
-    sa.Column("kind", sa.Text, nullable=False, comment="what happened: received, released, …"),
-    sa.Column(
-        "request", sa.Text, nullable=False, index=True, comment="id of the request, or empty"
-    ),
-    sa.Column("body", sa.Text, nullable=False, comment="details, canonical JSON, nothing personal"),
-    sa.Column("previous", sa.Text, nullable=False, unique=True, comment="hash of the row before"),
-    sa.Column("hash", sa.Text, nullable=False, unique=True, comment="hash of this row"),
-)
-heads = sa.Table(
-    "ledger_head",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False, comment="always 1"),
-    sa.Column("seq", sa.BigInteger, nullable=False, comment="number of the last row"),
-    sa.Column("hash", sa.Text, nullable=False, comment="hash of the last row"),
-)
-selectors = sa.Table(
-    "ledger_selectors",
-    metadata,
-    sa.Column("request", sa.Text, primary_key=True, comment="id of the request"),
-    sa.Column("selectors", sa.Text, comment="whom it names, canonical JSON; empty once purged"),
-    sa.Column("salt", sa.Text, comment="of the commitments, hex; empty once destroyed"),
-)
-_REFUSAL = "the ledger is append-only"
-for _verb in ("UPDATE", "DELETE"):
-    sa.event.listen(
-        rows,
-        "after_create",
-        sa.DDL(
-            f"CREATE TRIGGER ledger_no_{_verb.lower()} BEFORE {_verb} ON ledger "
-            f"BEGIN SELECT RAISE(ABORT, '{_REFUSAL}'); END"
-        ).execute_if(dialect="sqlite"),
-    )
-for _text in (
-    "CREATE OR REPLACE FUNCTION ledger_refuse() RETURNS trigger LANGUAGE plpgsql AS "
-    f"$$ BEGIN RAISE EXCEPTION '{_REFUSAL}'; END $$",
-    "CREATE TRIGGER ledger_guard BEFORE UPDATE OR DELETE OR TRUNCATE ON ledger "
-    "FOR EACH STATEMENT EXECUTE FUNCTION ledger_refuse()",
-):
-    sa.event.listen(rows, "after_create", sa.DDL(_text).execute_if(dialect="postgresql"))
 
 
 @dataclass(frozen=True)
@@ -182,25 +141,6 @@ def locate(where: str | Path) -> sa.Engine | Path:
     except OSError as error:
         raise UserError(f"cannot read {text}: {error.strerror or error}") from error
     return open_engine(text) if database else Path(text)
-
-
-def create(engine: sa.Engine) -> None:
-    """Make the tables and what refuses changes, unless they are there; several may call at once."""
-    for attempt in range(50):
-        try:
-            with engine.begin() as connection:
-                if connection.dialect.name == "postgresql":
-                    connection.execute(sa.text("SELECT pg_advisory_xact_lock(4157203)"))
-                elif connection.dialect.name == "sqlite":
-                    connection.exec_driver_sql("BEGIN IMMEDIATE")
-                metadata.create_all(connection)
-                if connection.scalar(sa.select(heads.c.id)) is None:
-                    connection.execute(sa.insert(heads).values(id=1, seq=0, hash=ZERO))
-            return
-        except sa.exc.OperationalError:
-            if attempt == 49:
-                raise
-            time.sleep(0.02 * (1 + random.random()))
 
 
 def append(

@@ -14,15 +14,12 @@ from expunge.core.errors import ExpungeError, UserError
 from expunge.service.ledger import (
     CHECKPOINT,
     PURGED,
-    ZERO,
     Entry,
     Head,
     canonical,
     commitment,
-    heads,
-    rows,
-    selectors,
 )
+from expunge.service.ledger_tables import ZERO, heads, rows, selectors
 
 FIELDS = {"seq": int, "time": str, "kind": str, "request": str, "previous": str, "hash": str}
 MOST = 20

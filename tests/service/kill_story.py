@@ -127,7 +127,9 @@ def run(
             process.join(max(1.0, deadline - time.monotonic()))
         while time.monotonic() < deadline:
             rows = service.database.read(lambda c: requests.listed(c, limit=10_000))
-            if len(rows) >= len(jobs) and all(r["state"] in FINAL for r in rows):
+            ended = len(rows) >= len(jobs) and all(r["state"] in FINAL for r in rows)
+            # a batch removes what it superseded after its requests have ended
+            if ended and len(list(service.versions(model).iterdir())) == 1:
                 break
             time.sleep(0.2)
     finally:

@@ -36,13 +36,11 @@ class Deleter(Protocol):
 
     A version is a folder that a deletion wrote; None stands for the model as it was trained. Nothing
     but `forget` writes, and that only into `target`, so every function can be called again.
-
-    Attributes:
-        evidence: class of evidence that a deletion by the policy gives: exact, certified, empirical or
-            suppression.
     """
 
-    evidence: str
+    @property
+    def evidence(self) -> str:
+        """Class of evidence that a deletion by the policy gives: exact, certified, empirical, suppression."""
 
     def resolve(self, request: Request, version: Path | None) -> Resolved:
         """Find what a request covers.

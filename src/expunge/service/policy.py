@@ -50,7 +50,7 @@ class Limit(_Strict):
         high: largest value.
     """
 
-    gap: float | None = Field(None, ge=0)
+    gap: float | None = Field(default=None, ge=0)
     low: float | None = None
     high: float | None = None
 
@@ -104,12 +104,12 @@ class _Model(_Strict):
     """
 
     hold: bool = False
-    hold_above: int | None = Field(None, ge=0)
+    hold_above: int | None = Field(default=None, ge=0)
     unknown: Literal["reject", "report"] = "reject"
-    retries: int = Field(3, ge=0, le=20)
-    batch_seconds: float = Field(0.0, ge=0, le=86400)
-    batch_requests: int = Field(1000, ge=1)
-    keep_versions: int = Field(0, ge=0)
+    retries: int = Field(default=3, ge=0, le=20)
+    batch_seconds: float = Field(default=0.0, ge=0, le=86400)
+    batch_requests: int = Field(default=1000, ge=1)
+    keep_versions: int = Field(default=0, ge=0)
     limits: dict[str, Limit] = {}
 
     def holds(self, count: int) -> bool:
@@ -166,7 +166,7 @@ class MethodModel(_Model):
     settings: dict[str, Any] = {}
     seed: int = 0
     audits: list[str] = ["accuracy", "membership"]
-    references: int = Field(1, ge=0)
+    references: int = Field(default=1, ge=0)
     if_audits_fail: Literal["retrain", "reject"] = "retrain"
 
 
@@ -203,11 +203,11 @@ class Service(_Strict):
 
     database: str = "service.db"
     folder: str = "service"
-    poll_seconds: float = Field(0.2, gt=0, le=60)
-    dead_seconds: float = Field(30.0, gt=0)
-    body_bytes: int = Field(1_000_000, ge=1024)
-    per_second: float = Field(200.0, gt=0)
-    burst: int = Field(400, ge=1)
+    poll_seconds: float = Field(default=0.2, gt=0, le=60)
+    dead_seconds: float = Field(default=30.0, gt=0)
+    body_bytes: int = Field(default=1_000_000, ge=1024)
+    per_second: float = Field(default=200.0, gt=0)
+    burst: int = Field(default=400, ge=1)
 
 
 class Policy(_Strict):

@@ -109,11 +109,13 @@ def tell(folder: Path, say: Say) -> dict[str, Any]:
             envelope = _call(base, "GET", f"/requests/{sent['id']}/certificate")
     finally:
         crew.stop()
+    weights = service.current_folder(service.current("digits"))
+    assert weights is not None
     paths = {
+        "weights": weights,
         "certificate": folder / "certificate.json",
         "keys": service.keys / "keys.json",
         "ledger": folder / "ledger.jsonl",
-        "weights": service.current_folder(service.current("digits")),
     }
     paths["certificate"].write_text(certificate.text(envelope))
     ledger.export(service.database.engine, paths["ledger"], sign=service.key())

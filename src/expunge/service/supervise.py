@@ -6,7 +6,9 @@ import multiprocessing
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from expunge.service.logs import configure, logger
 
@@ -38,11 +40,15 @@ def run_worker(policy: str, requests: int, level: str, as_json: bool, patience: 
         signal.signal(number, lambda *_: worker.ask_to_stop())
     worker.start()
     if (parent := multiprocessing.parent_process()) is not None:  # nobody would stop an orphan
-        watch = threading.Thread(target=lambda: (parent.join(), worker.ask_to_stop()), daemon=True)
-        watch.start()
+        threading.Thread(target=_outlive, args=(parent, worker.ask_to_stop), daemon=True).start()
     worker.run()
     worker.stop(patience)
     service.close()
+
+
+def _outlive(parent: BaseProcess | Any, stop: Callable[[], None]) -> None:
+    parent.join()
+    stop()
 
 
 class Workers:

@@ -17,7 +17,9 @@ from expunge.cli import (
     methods,
     push,
     report,
+    requests,
     runs,
+    service,
     suggest,
     suite,
     tune,
@@ -46,6 +48,9 @@ app.add_typer(audits.app, name="audits")
 app.add_typer(workloads.app, name="workloads")
 app.add_typer(suite.app, name="suite")
 app.add_typer(runs.app, name="runs")
+app.add_typer(requests.app, name="requests")
+app.command("worker")(service.worker)
+app.command("serve")(service.serve)
 app.add_typer(certificate.app, name="certificate")
 app.add_typer(ledger.app, name="ledger")
 

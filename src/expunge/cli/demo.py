@@ -25,10 +25,20 @@ def demo(
     random: Annotated[bool, typer.Option(help="Also forget 10 % random samples.")] = True,
     references: Annotated[int, typer.Option(help="Retrained models to compare with.", min=1)] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="8×8 digits instead; seconds.")] = False,
+    service: Annotated[
+        bool, typer.Option("--service", help="A deletion request through the service instead.")
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Train a classifier, let several methods forget a class and random samples, audit, report."""
+    """Train a classifier, let several methods forget a class and random samples, audit, report.
+
+    With --service: train digits in shards, serve them, delete three by a request, and leave a
+    certificate; within two minutes.
+    """
+    if service:
+        _service(Path(out), as_json)
+        return
     from expunge.core.request import forget
     from expunge.store import Store
     from expunge.suite.bench import Bench
@@ -49,6 +59,33 @@ def demo(
             runtime,
         )
     show_comparison(join(found, f"expunge demo --label {label}"), folder, as_json)
+
+
+def _service(folder: Path, as_json: bool) -> None:
+    from expunge.core.errors import UserError
+
+    try:
+        from expunge.service.story import tell
+    except ImportError as error:
+        raise UserError(
+            f"the service needs the extra serve ({error.name} is missing): pip install 'expunge[serve]'"
+        ) from error
+
+    def say(line: str) -> None:
+        if not as_json:
+            typer.echo(line)
+
+    found = tell(folder, say)
+    if as_json:
+        print_json(found)
+        return
+    typer.echo(
+        f"certificate: {found['certificate']} after {found['seconds']:.0f} s; verify it with"
+    )
+    typer.echo(
+        f"  expunge certificate verify {found['certificate']} --keys {found['keys']} "
+        f"--weights {found['weights']} --ledger {found['ledger']}"
+    )
 
 
 def show_comparison(comparison: Comparison, folder: Path, as_json: bool) -> None:

@@ -1,0 +1,147 @@
+"""Certificates of released requests: what the deletion's record says, signed with the service's key."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from expunge.core.errors import UserError
+from expunge.report.artefact import HOLDS_WEIGHTS
+from expunge.report.certificate import fingerprint, issue
+from expunge.report.keys import Key, Keys
+from expunge.report.statement import Evidence, Exact, weights_subject
+from expunge.service import ledger
+from expunge.service.deleter import Json
+from expunge.service.requests import Row
+from expunge.service.tables import requests
+
+if TYPE_CHECKING:
+    from expunge.service.service import Service
+
+NOT_TESTED = ("No audit was run on this result.",)
+
+
+def signing_key(folder: Path) -> Key:
+    """The key that signs now; the first one is made here.
+
+    Raises:
+        UserError: the folder cannot be written, or all keys are out of use.
+    """
+    keys = Keys(folder)
+    if keys.public.keys:
+        return keys.signer()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write the signing keys to {folder}: {error.strerror}") from error
+    with lock:  # two workers that start at once make one key
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not keys.public.keys:
+            keys.create("deletion service")
+        return keys.signer()
+
+
+def certificates(
+    service: Service,
+    model: str,
+    covered: Mapping[str, Sequence[int]],
+    record: Mapping[str, Any],
+    folder: Path | None,
+    predecessor: Row | None,
+) -> dict[str, Json]:
+    """Sign a certificate for each request that a deletion answered.
+
+    Args:
+        service: whose key signs and whose ledger is named.
+        model: name of the model.
+        covered: sample ids by request.
+        record: of the deletion.
+        folder: of the released version; None for the model as it was trained.
+        predecessor: the version before; None for the model as it was trained.
+
+    Returns:
+        Envelopes by request.
+    """
+    if not covered:
+        return {}
+    key = signing_key(service.keys)
+    common = evidence(model, record, folder, predecessor)
+
+    def read(connection: sa.Connection) -> tuple[ledger.Head, dict[str, tuple[Any, str | None]]]:
+        query = sa.select(requests.c.id, requests.c.form, requests.c.created).where(
+            requests.c.id.in_(list(covered))
+        )
+        found = {
+            row.id: (row, ledger.salt_of(connection, row.id)) for row in connection.execute(query)
+        }
+        return ledger.head(connection), found
+
+    end, found = service.database.read(read)
+    made = {}
+    for identifier, ids in covered.items():
+        row, salt = found[identifier]
+        one = replace(
+            common,
+            request={
+                "id": identifier, "form": row.form, "records": len(ids), "received": row.created,
+            },
+            commitments=ledger.commitments(salt, ids) if salt else [],
+            ledger=vars(end),
+        )  # fmt: skip
+        made[identifier] = issue(one, key)
+    return made
+
+
+def evidence(
+    model: str, record: Mapping[str, Any], folder: Path | None, predecessor: Row | None
+) -> Evidence:
+    """Everything a certificate says that is common to the requests of a batch."""
+    exact = record.get("exact")
+    findings = record.get("findings") or []
+    return Evidence(
+        kind=record.get("evidence", "empirical"),
+        subjects=subjects(folder, record["weights"]),
+        method={
+            "name": record.get("method", "none"),
+            **{k: record[k] for k in ("settings", "seed", "link") if k in record},
+        },
+        problem=model,
+        findings=[{"label": f["name"], "reason": None, **f} for f in findings],
+        verdict=record.get("verdict"),
+        untested=record.get("untested") or (() if findings else NOT_TESTED),
+        references=record.get("references") or (),
+        exact=None if exact is None else Exact(**exact),
+        predecessor=None if predecessor is None else predecessor["record"].get("certificate"),
+        packages=record.get("packages") or {},
+        runs={"batch": record["batch"]} if "batch" in record else {},
+    )  # fmt: skip
+
+
+def subjects(folder: Path | None, weights: str) -> list[Json]:
+    """What was released: the files with weights of a version, and the hash of its weights."""
+    if folder is None:
+        return [weights_subject(weights)]
+    # no hash of a file that lists records: whoever has a guess could test it
+    named = [
+        {"name": file.relative_to(folder).as_posix(), "digest": {"sha256": _sha256(file)}}
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in HOLDS_WEIGHTS
+    ]
+    return [*named, weights_subject(weights)]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def first_fingerprint(signed: Mapping[str, Json]) -> str | None:
+    """What the certificates of the next version name as their predecessor."""
+    return fingerprint(signed[min(signed)]) if signed else None

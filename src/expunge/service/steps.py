@@ -1,0 +1,310 @@
+"""Steps of the workflows; each reads what it needs anew and gives the same when it is run again."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from expunge.core.errors import ExpungeError, RequestError
+from expunge.core.request import Request
+from expunge.report.verdict import row_verdict
+from expunge.service import batches, requests, states, versions
+from expunge.service.certify import certificates, first_fingerprint
+from expunge.service.deleter import Json, Resolved
+from expunge.service.service import Service
+from expunge.service.tables import samples
+
+
+def resolve(service: Service, identifier: str) -> bool:
+    """Find what a request covers; answer at once if there is nothing to do or nothing that can be done.
+
+    Returns:
+        Whether it goes on to be planned.
+    """
+    row = service.get(identifier)
+    if row["state"] != states.RECEIVED:
+        return bool(row["state"] == states.RESOLVED)
+    asked = service.database.read(lambda c: requests.selector_of(c, identifier))
+    model, current = service.policy.model(row["model"]), service.current(row["model"])
+    try:
+        found = service.deleter(row["model"]).resolve(asked, service.current_folder(current))
+        if (why := in_vain(found)) and (
+            model.unknown == "reject" or not (found.ids or found.already)
+        ):
+            raise RequestError(why)
+        if found.ids and not found.left:
+            raise RequestError("it covers all the data that is left; nothing would be kept")
+    except RequestError as error:
+        why = without_selector(str(error), asked)
+        service.database.write(
+            lambda c: requests.move(
+                c, identifier, states.RECEIVED, states.REJECTED, {"why": why}, error=why
+            )
+        )
+        return False
+    note = {
+        "samples": len(found.ids), "already": len(found.already), "unknown": len(found.unknown),
+        "outside": len(found.outside),
+    }  # fmt: skip
+    signed: Json = {}
+    if not found.ids:
+        record = dict(current["record"]) if current is not None else _untouched(service, row)
+        folder, before = service.current_folder(current), _before(service, current)
+        covered = {identifier: list(found.already)}
+        signed = certificates(service, row["model"], covered, record, folder, before)
+
+    def write(connection: sa.Connection) -> None:
+        if not requests.move(
+            connection, identifier, states.RECEIVED, states.RESOLVED, note, count=len(found.ids)
+        ):
+            return
+        if found.ids:
+            connection.execute(sa.insert(samples), {"request": identifier, "ids": list(found.ids)})
+            return
+        result = {"outcome": "already-deleted", "version": current["version"] if current else 0}
+        requests.move(
+            connection, identifier, states.RESOLVED, states.RELEASED, result,
+            result=result, certificate=signed.get(identifier),
+        )  # fmt: skip
+
+    service.database.write(write)
+    return bool(service.get(identifier)["state"] == states.RESOLVED)
+
+
+def _untouched(service: Service, row: requests.Row) -> Json:
+    """A record of weights that the service never changed."""
+    deleter = service.deleter(row["model"])
+    weights = deleter.weights(None)
+    return {
+        "weights": weights, "weights_before": weights, "findings": [],
+        "evidence": deleter.evidence, "method": "an earlier deletion",
+    }  # fmt: skip
+
+
+def _before(service: Service, current: requests.Row | None) -> requests.Row | None:
+    """The version before the one in force, which its certificates name."""
+    if current is None or current["version"] < 2:
+        return None
+    return service.database.read(
+        lambda c: batches.version(c, current["model"], current["version"] - 1)
+    )
+
+
+def in_vain(found: Resolved) -> str:
+    """A sentence on what a request names that the model was not trained on; empty if there is nothing."""
+    named = len(found.ids) + len(found.already) + len(found.unknown) + len(found.outside)
+    said = []
+    if found.unknown:
+        said.append(f"{len(found.unknown)} of the {named} samples it names are unknown")
+    if found.outside:
+        said.append(
+            f"{len(found.outside)} of the {named} samples it names are in the data, but the model "
+            "was not trained on them"
+        )
+    return "; ".join(said)
+
+
+def without_selector(text: str, asked: Request) -> str:
+    """A sentence without what a request names; it goes where nothing personal may go."""
+    values = [repr(asked.where), asked.where]
+    values += [str(v) for v in (*(asked.ids or ()), *(asked.texts or ()), *(asked.user or ()))]
+    for value in sorted((v for v in values if v), key=len, reverse=True):
+        if len(value) > 2:
+            text = text.replace(value, "…")
+    return text
+
+
+def plan(service: Service, identifier: str) -> bool:
+    """Price a deletion; start a batch unless the request waits for approval."""
+    row = service.get(identifier)
+    if row["state"] != states.RESOLVED:
+        return False
+    name, model = row["model"], service.policy.model(row["model"])
+    ids = service.database.read(lambda c: batches.ids_of(c, [identifier]))
+    folder = service.current_folder(service.current(name))
+    priced = service.deleter(name).plan(ids, folder)
+    hold = model.holds(len(ids))
+
+    def write(connection: sa.Connection) -> None:
+        requests.lock_model(connection, name)
+        moved = requests.move(
+            connection, identifier, states.RESOLVED, states.PLANNED, {"hold": hold},
+            plan=priced, hold=hold,
+        )  # fmt: skip
+        if moved and not hold:
+            requests.ensure_batch(connection, name, service.enqueue, model.batch_seconds)
+
+    service.database.write(write)
+    return True
+
+
+def fail_request(service: Service, identifier: str, why: str) -> None:
+    """End a request that could not be planned."""
+    before = (states.RECEIVED, states.RESOLVED)
+    service.database.write(
+        lambda c: requests.move(c, identifier, before, states.FAILED, {"why": why}, error=why)
+    )
+
+
+def claim(service: Service, batch: str) -> Json:
+    """Take all requests of a model that are ready; sets `model`, `requests`, `retries`."""
+
+    def write(connection: sa.Connection) -> Json:
+        name = batches.model_of(connection, batch)
+        most = service.policy.model(name).batch_requests
+        held = batches.claim(connection, batch, service.enqueue, most)
+        return {"model": name, "requests": held}
+
+    done = service.database.write(write)
+    return {**done, "retries": service.policy.model(done["model"]).retries}
+
+
+def forget(service: Service, batch: str, how: str) -> Json:
+    """Delete what the requests of a batch cover, once, into a version of its own.
+
+    Returns:
+        `folder` of the version, or None if nothing was left to delete; `base`, the version it was made
+        from; and the deletion's record.
+    """
+    name, _, ids = service.database.read(lambda c: batches.contents(c, batch))
+    parent, folder = service.versions(name), f"{batch}-{how}"
+    if (record := versions.read(parent / folder)) is not None:
+        return record
+    current, deleter = service.current(name), service.deleter(name)
+    before = service.current_folder(current)
+    found = deleter.resolve(Request(ids=tuple(ids)), before)
+    if found.unknown:
+        raise ExpungeError("samples that were there when the request was planned are gone")
+    base = 0 if current is None else int(current["version"])
+    if not found.ids:
+        weights = deleter.weights(before)
+        return {"folder": None, "base": base, "weights": weights, "weights_before": weights}
+    if not found.left:
+        raise ExpungeError("the requests cover all the data that is left; nothing would be kept")
+    return versions.make(
+        parent, folder,
+        lambda target: {
+            **deleter.forget(found.ids, before, target, how),
+            "folder": folder, "base": base, "samples": len(found.ids), "how": how,
+        },
+    )  # fmt: skip
+
+
+def audit(service: Service, batch: str, how: str) -> Json:
+    """Measure what was written, and hold it against the policy's limits.
+
+    Returns:
+        `findings`, `broken` (sentences) and whether the policy escalates to retraining.
+    """
+    name, _, ids = service.database.read(lambda c: batches.contents(c, batch))
+    model, version = service.policy.model(name), service.versions(name) / f"{batch}-{how}"
+    made = versions.read(version)
+    if made is None:  # nothing was left to delete
+        return {"findings": [], "broken": [], "more": {}, "verdict": None, "escalate": False}
+    deleter = service.deleter(name)
+    wrong = deleter.verify(version)
+    if wrong:
+        raise ExpungeError(f"what was written is not whole: {wrong[0]}")
+    before = service.current_folder(service.current(name))
+    # a batch may hold samples that were deleted before it began
+    gone = set(deleter.resolve(Request(ids=tuple(ids)), before).already)
+    findings, more = deleter.audit([i for i in ids if i not in gone], before, version, how)
+    exact = how == "retrain" and made["evidence"] == "exact"
+    return {
+        "findings": findings, "broken": model.broken(findings, exact=exact), "more": more,
+        "verdict": verdict(findings, made),
+        "escalate": getattr(model, "if_audits_fail", "reject") == "retrain",
+    }  # fmt: skip
+
+
+def verdict(findings: list[Json], made: Json) -> Json | None:
+    """What findings say together, with no more words than the method's guarantee allows."""
+    if not findings:
+        return None
+    row = {"findings": {f["name"]: f for f in findings}, "method": made.get("method"),
+           "intent": made.get("intent"), "guarantee": made.get("guarantee")}  # fmt: skip
+    found = row_verdict(row)
+    return {"state": found.state, "sentence": found.sentence}
+
+
+def escalate(service: Service, batch: str, found: Json) -> None:
+    """Note that audits failed and that the model is retrained."""
+
+    def write(connection: sa.Connection) -> None:
+        held = batches.members(connection, batch)
+        if requests.noted(connection, held, "escalated"):
+            return
+        note = {"passed": False, "broken": found["broken"]}
+        requests.move(connection, held, states.RUNNING, states.AUDITED, note)
+        requests.move(connection, held, states.AUDITED, states.RUNNING, {"escalated": "retrain"})
+
+    service.database.write(write)
+
+
+def release(service: Service, batch: str, how: str, made: Json, found: Json) -> Json:
+    """Put the version into force and release all requests with their certificates, in one transaction."""
+    name, held, _ = service.database.read(lambda c: batches.contents(c, batch))
+    covered = service.database.read(lambda c: batches.ids_by_request(c, held))
+    record = {k: v for k, v in made.items() if k not in ("folder", "base")}
+    record |= {
+        "batch": batch,
+        "findings": found["findings"],
+        "verdict": found["verdict"],
+        **found["more"],
+    }
+    current = service.current(name)
+    folder = None if made["folder"] is None else service.versions(name) / made["folder"]
+    before = current
+    if folder is None and current is not None:  # others deleted it meanwhile
+        record = {**current["record"], "batch": batch}
+        folder, before = service.current_folder(current), _before(service, current)
+    signed = certificates(service, name, covered, record, folder, before)
+    record["certificate"] = first_fingerprint(signed)
+
+    def write(connection: sa.Connection) -> bool:
+        return batches.release(
+            connection, batch, name, made["folder"], made["weights"], record, signed, made["base"]
+        )
+
+    if not service.database.write(write):
+        raise ExpungeError("another version came into force while this one was made")
+    return {"requests": len(held), "version": made["base"] + (made["folder"] is not None)}
+
+
+def clean(service: Service, batch: str) -> list[str]:
+    """Remove superseded versions, which still hold what was deleted since."""
+    name, _, _ = service.database.read(lambda c: batches.contents(c, batch))
+    keep = service.database.read(
+        lambda c: batches.kept_folders(c, name, service.policy.model(name).keep_versions + 1)
+    )
+    if (folder := service.current_folder(service.current(name))) is not None:
+        service.deleter(name).retire(folder)
+    return versions.clean(service.versions(name), keep)
+
+
+def reject(service: Service, batch: str, found: Json) -> None:
+    """End a batch whose audits failed; the weights in force stay."""
+    why = "the audits failed: " + "; ".join(found["broken"])
+
+    def write(connection: sa.Connection) -> None:
+        held = batches.members(connection, batch)
+        requests.move(connection, held, states.RUNNING, states.AUDITED, {"broken": found["broken"]})
+        batches.end(connection, batch, states.REJECTED, why)
+
+    service.database.write(write)
+    clean(service, batch)
+
+
+def give_back(service: Service, batch: str, why: str) -> str:
+    """After a failure: several requests are carried out again one by one, a single one has failed."""
+    name, held, _ = service.database.read(lambda c: batches.contents(c, batch))
+
+    def write(connection: sa.Connection) -> str:
+        if len(held) > 1:
+            batches.give_back(connection, batch, name, service.enqueue, why)
+            return "given back"
+        batches.end(connection, batch, states.FAILED, why)
+        return "failed"
+
+    done = service.database.write(write)
+    clean(service, batch)
+    return done

@@ -1,0 +1,241 @@
+"""The HTTP interface in process: answers, authentication, limits, and what a fuzzer finds."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from stepping import step_until_done
+
+from expunge.service.api import create_app
+
+LOOPBACK = ("127.0.0.1", 5000)
+ELSEWHERE = ("203.0.113.9", 5000)
+TOKEN = "a-token-that-is-long-enough"
+
+
+def client(app, address=LOOPBACK, **headers):
+    return Called(app, address, headers)
+
+
+class Called:
+    """A synchronous client over ASGI from an address."""
+
+    def __init__(self, app, address, headers):
+        self._transport = httpx.ASGITransport(app, client=address, raise_app_exceptions=True)
+        self._headers = headers
+
+    def __getattr__(self, verb):
+        def call(path, **more):
+            import asyncio
+
+            async def go():
+                async with httpx.AsyncClient(
+                    transport=self._transport, base_url="http://127.0.0.1", headers=self._headers
+                ) as one:
+                    return await getattr(one, verb)(path, **more)
+
+            return asyncio.run(go())
+
+        return call
+
+
+@pytest.fixture
+def app(service):
+    return create_app(service)
+
+
+def test_a_request_from_submission_to_certificate(service, app):
+    call = client(app)
+    sent = {"model": "fake", "ids": [1, 2, 3], "reason": "asked by mail"}
+    first = call.post("/requests", json=sent, headers={"Idempotency-Key": "one"})
+    assert first.status_code == 202 and first.headers["location"].endswith(first.json()["id"])
+    again = call.post("/requests", json=sent, headers={"Idempotency-Key": "one"})
+    assert again.status_code == 200 and again.json()["id"] == first.json()["id"]
+    other = call.post("/requests", json=sent | {"ids": [4]}, headers={"Idempotency-Key": "one"})
+    assert other.status_code == 422 and "idempotency key" in other.json()["detail"]
+    path = f"/requests/{first.json()['id']}"
+    assert call.get(path + "/certificate").status_code == 404
+    step_until_done(service)
+    found = call.get(path).json()
+    assert found["state"] == "released" and found["samples"] == 3 and found["certificate"]
+    assert call.get(path[:-10]).json() == found  # by a unique beginning
+    assert call.get(path + "/plan").json()["plan"]["samples"] == 3
+    envelope = call.get(path + "/certificate").json()
+    from expunge.report.certificate import verify
+    from expunge.report.keys import KeySet, PublicKey
+
+    keys = KeySet(tuple(PublicKey(**k) for k in call.get("/keys").json()["keys"]))
+    assert verify(envelope, keys).ok
+    assert [r["id"] for r in call.get("/requests?state=released").json()] == [found["id"]]
+    assert call.get("/requests?state=failed").json() == []
+
+
+def test_what_was_asked_is_nowhere_in_the_answers(service, app):
+    call = client(app)
+    sent = {"model": "fake", "ids": ["Alice Smith", 987654]}
+    one = call.post("/requests", json=sent).json()["id"]
+    step_until_done(service)
+    texts = [call.get(p).text for p in (f"/requests/{one}", "/requests", "/ledger", f"/requests/{one}/plan", f"/requests/{one}/events", "/metrics")]  # fmt: skip
+    assert not any(word in text for text in texts for word in ("Alice", "987654"))
+    raw = b"".join(p.read_bytes() for p in service.policy.file.parent.glob("service.db*"))
+    assert one.encode() in raw and b"2 of the 2 samples" in raw
+    # the entry of the workflow engine holds the request's identifier alone
+    import sqlalchemy as sa
+
+    with service.database.engine.connect() as connection:
+        tables = connection.execute(sa.text("SELECT name FROM sqlite_master WHERE type='table'")).scalars().all()  # fmt: skip
+        for table in tables:
+            rows = connection.execute(sa.text(f'SELECT * FROM "{table}"')).all()
+            assert "Alice" not in str(rows) and "987654" not in str(rows), table
+
+
+def test_approval_and_withdrawal(service, app):
+    call = client(app)
+    held, gone = (call.post("/requests", json={"model": "held", "ids": [n]}).json()["id"] for n in (1, 2))  # fmt: skip
+    early = call.post(f"/requests/{held}/approve")
+    assert early.status_code == 409 and "does not wait" in early.json()["detail"]
+    step_until_done(service)
+    assert call.get(f"/requests/{held}").json()["state"] == "planned"
+    assert call.post(f"/requests/{gone}/cancel", json={"reason": "a mistake"}).json()["state"] == "cancelled"  # fmt: skip
+    assert call.post(f"/requests/{gone}/cancel").json()["state"] == "cancelled"  # twice is once
+    assert call.post(f"/requests/{gone}/approve").status_code == 409
+    assert call.post(f"/requests/{held}/approve").json()["state"] == "approved"
+    assert call.post(f"/requests/{held}/approve").json()["state"] == "approved"
+    step_until_done(service)
+    assert call.get(f"/requests/{held}").json()["state"] == "released"
+    assert call.post(f"/requests/{held}/cancel").status_code == 409
+    assert call.get(f"/requests/{gone}").json()["state"] == "cancelled"
+
+
+def test_events_tell_every_state(service, app):
+    call = client(app)
+    one = call.post("/requests", json={"model": "fake", "ids": [5]}).json()["id"]
+    step_until_done(service)
+    text = call.get(f"/requests/{one}/events").text
+    told = [
+        json.loads(line[6:])["state"] for line in text.splitlines() if line.startswith("data: ")
+    ]
+    assert told == ["received", "resolved", "planned", "running", "audited", "released"]
+    text = call.get(f"/requests/{one}/events", headers={"Last-Event-ID": "4"}).text
+    told = [
+        json.loads(line[6:])["state"] for line in text.splitlines() if line.startswith("data: ")
+    ]
+    assert told == ["audited", "released"]
+
+
+def test_predictions_follow_the_release(service, app):
+    call = client(app)
+
+    def ask():
+        return call.post("/predict", json={"model": "fake", "inputs": [[1.0], [2.0]]})
+
+    assert ask().json()["outputs"] == [[1.0], [2.0]] and ask().json()["version"] == 0
+    call.post("/requests", json={"model": "fake", "ids": [7, 8]})
+    step_until_done(service)
+    after = ask().json()
+    assert after["outputs"] == [[3.0], [4.0]] and after["version"] == 1
+    assert call.get("/models").json()[0]["weights"] == after["weights"]
+    wrong = call.post("/predict", json={"model": "fake", "inputs": [[1.0], "x"]})
+    assert wrong.status_code == 422
+
+
+def test_without_a_token_only_this_machine_is_served(app):
+    assert client(app).get("/requests").status_code == 200
+    answer = client(app, ELSEWHERE).get("/requests")
+    assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+    assert client(app, ELSEWHERE).get("/health").status_code == 200
+    assert client(app, None).get("/requests").status_code == 401
+    assert client(app, ELSEWHERE, **{"X-Forwarded-For": "127.0.0.1"}).get("/requests").status_code == 401  # fmt: skip
+
+
+def test_a_page_of_another_address_may_not_call(app):
+    for headers in ({"Host": "evil.example"}, {"Host": "evil.example:80"}, {"Origin": "https://evil.example"}):  # fmt: skip
+        assert client(app, **headers).get("/requests").status_code == 403, headers
+    for headers in ({"Host": "localhost:8077"}, {"Host": "[::1]:8077"}, {"Origin": "http://127.0.0.1:8077"}):  # fmt: skip
+        assert client(app, **headers).get("/requests").status_code == 200, headers
+
+
+def test_with_a_token_everybody_needs_it(service):
+    app = create_app(service, TOKEN)
+    for address in (LOOPBACK, ELSEWHERE):
+        assert client(app, address).get("/requests").status_code == 401
+        for wrong in ("Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer", TOKEN):
+            assert client(app, address, Authorization=wrong).get("/requests").status_code == 401
+        right = client(app, address, Authorization=f"Bearer {TOKEN}")
+        assert right.get("/requests").status_code == 200
+        assert client(app, address).get("/metrics").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/requests/../../etc/passwd", "/requests/..%2f..%2fetc%2fpasswd", "/requests/%2e%2e/certificate",
+     "/requests/01%00/plan", "/requests/" + "a" * 5000, "/requests/..", "/requests/'; DROP TABLE x"],
+)  # fmt: skip
+def test_no_path_leads_elsewhere(app, path):
+    assert 400 <= client(app).get(path).status_code < 500
+    assert 400 <= client(app).post(path + "/cancel").status_code < 500
+
+
+@pytest.mark.parametrize("model", ["../fake", "fake/../fake", "FAKE", "", "x" * 100, "none"])
+def test_no_model_leads_elsewhere(app, model):
+    for path, body in (("/requests", {"ids": [1]}), ("/predict", {"inputs": [[1]]})):
+        answer = client(app).post(path, json={"model": model, **body})
+        assert answer.status_code in (404, 422)
+
+
+def test_a_large_body_is_refused_by_its_length_and_while_it_comes(app):
+    called = []
+
+    async def body():
+        for _ in range(100):
+            called.append(1)
+            yield b"x" * 1_000_000
+
+    headers = {"Content-Type": "application/json"}
+    answer = client(app).post("/requests", content=body(), headers={**headers, "Content-Length": "100000000"})  # fmt: skip
+    assert answer.status_code == 413
+    called.clear()
+    answer = client(app).post("/requests", content=body(), headers=headers)
+    assert answer.status_code == 413 and "1000000 bytes" in answer.json()["detail"]
+    assert client(app).post("/requests", content=b"{}", headers={**headers, "Content-Length": "-5"}).status_code == 400  # fmt: skip
+
+
+def test_who_calls_too_often_has_to_wait(policy, monkeypatch):
+    from expunge.service.policy import read_policy
+    from expunge.service.service import Service
+
+    policy.write_text(policy.read_text().replace("per_second = 100000\nburst = 100000", "per_second = 0.5\nburst = 3"))  # fmt: skip
+    made = Service(read_policy(policy), patience=5)
+    call = client(create_app(made))
+    codes = [call.get("/requests").status_code for _ in range(5)]
+    assert codes == [200, 200, 200, 429, 429]
+    assert int(call.get("/requests").headers["retry-after"]) >= 1
+    assert call.get("/health").status_code == 200
+    made.close()
+
+
+def test_the_database_away_is_said(service, app, monkeypatch):
+    import sqlalchemy as sa
+
+    service.database.patience = 0.2
+
+    def away(*_):
+        raise sa.exc.OperationalError("", {}, Exception("connection refused"))
+
+    monkeypatch.setattr(service.database._reader, "begin", away)
+    answer = client(app).get("/requests")
+    assert answer.status_code == 503 and "does not answer" in answer.json()["detail"]
+    assert client(app).get("/ready").status_code == 503
+    assert client(app).get("/health").status_code == 200
+
+
+def test_metrics_speak_of_routes_not_of_identifiers(service, app):
+    call = client(app)
+    one = call.post("/requests", json={"model": "fake", "ids": [1]}).json()["id"]
+    call.get(f"/requests/{one}")
+    call.get("/nowhere/at/all")
+    text = call.get("/metrics").text
+    assert 'route="/requests/{identifier}",status="200"' in text and one not in text
+    assert "nowhere" not in text and 'expunge_requests{model="fake",state="received"} 1.0' in text

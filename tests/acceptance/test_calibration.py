@@ -109,7 +109,9 @@ def regressors(seed: int, planted: bool):
         held = copies[40:], noisy[40:]
     train, test = xp.Data((inputs, targets)), xp.Data(held)
     # in 80 epochs it learns some of them by heart, which left 32 of 40 to be found; chosen on other seeds
-    recipe = xp.RegressorRecipe(diabetes_mlp, train, epochs=240, lr=1e-2, batch_size=50, step="adam")
+    recipe = xp.RegressorRecipe(
+        diabetes_mlp, train, epochs=240, lr=1e-2, batch_size=50, step="adam"
+    )
     request, runtime = xp.forget(ids=list(range(40))), xp.Runtime(seed=seed, threads=1)
     keep = train.without(request.resolve(train))
     problem = xp.Regression(recipe(train.ids, seed), train, test, recipe=recipe)

@@ -426,3 +426,57 @@ def test_copies_in_other_slices_are_warned_of(tmp_path):
     averaged = torch.optim.swa_utils.AveragedModel(Blocky())
     with pytest.raises(NeedsError, match="average"):
         train(tmp_path / "a", xp.Classification(averaged, small_data()), blocks="all")
+
+
+# --- copies that no deletion would reach -----------------------------------------------------------
+
+
+def stopped_after(monkeypatch, count):
+    real, calls = trainer.train_stage, []
+
+    def call(*args):
+        calls.append(args)
+        if len(calls) > count:
+            raise Stop
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "train_stage", call)
+
+
+def test_a_training_leaves_no_checkpoint_and_no_stage_of_one_that_was_given_up(
+    tmp_path, monkeypatch
+):
+    how = {"shards": 1, "slices": 2, "orders": 1}
+    with monkeypatch.context() as patch, contextlib.suppress(Stop):
+        stopped_after(patch, 1)
+        train(tmp_path / "m", **how)
+    data = small_data()  # one is withdrawn before the training is started again
+    runtime = xp.Runtime(checkpoint=tmp_path / "c", checkpoint_every=1)
+    sharded = train(tmp_path / "m", problem_of(data.only(data.ids[1:])), runtime=runtime, **how)
+    named = {*digests_of(sharded.manifest).values(), sharded.manifest["index"]["tensors"]}
+    assert {p.stem for p in sharded._folder.stages.glob("*")} == named
+    assert (tmp_path / "c").exists() and not list((tmp_path / "c").iterdir())
+
+
+@pytest.mark.parametrize("during", [False, True])
+def test_stages_of_an_interrupted_retraining_go_with_the_next_deletion(
+    sharded, monkeypatch, during
+):
+    kill(sharded, 0)
+    late = of(sharded, 0, 0)[0]
+    before = {p.stem for p in sharded._folder.stages.glob("*")}
+    with monkeypatch.context() as patch, contextlib.suppress(Stop):
+        stopped_after(patch, 3)
+        sharded.retrain()
+    assert {p.stem for p in sharded._folder.stages.glob("*")} > before
+    if during:  # deleted while it was under way; it ended afterwards
+        other = xp.Sharded.load(sharded.folder, problem_of().model)
+        with other._folder.locked("training"):
+            other.forget(late)
+        assert sharded._folder.records.exists()
+        xp.Sharded.load(sharded.folder, problem_of().model)
+    else:
+        sharded.forget(late)
+    assert {p.stem for p in sharded._folder.stages.glob("*")} == before
+    assert not sharded._folder.records.exists() and sharded.verify() == []
+    assert sharded.retrain().dead == ()

@@ -480,3 +480,42 @@ def test_stages_of_an_interrupted_retraining_go_with_the_next_deletion(
     assert {p.stem for p in sharded._folder.stages.glob("*")} == before
     assert not sharded._folder.records.exists() and sharded.verify() == []
     assert sharded.retrain().dead == ()
+
+
+# --- other processes -------------------------------------------------------------------------------
+
+
+def test_looking_at_a_model_while_another_process_commits_takes_nothing_away(sharded, monkeypatch):
+    """The new manifest is on disk and not yet in force when another process verifies and loads."""
+    kill(sharded, 0)
+    real, seen = folders.Folder.put_live, []
+
+    def put_live(self, live):
+        # the committing process holds the lock, so whoever opens the model does not wait for it here
+        seen.append(verify_folder(self.path))
+        seen.append(folders.Folder(self.path).live().number)
+        real(self, live)
+
+    monkeypatch.setattr(folders.Folder, "put_live", put_live)
+    sharded.retrain()
+    assert len(seen) == 2 and seen[0] == []
+    assert xp.Sharded.load(sharded.folder, problem_of()).verify() == []
+    assert sharded.status().dead == ()
+
+
+def test_a_state_that_is_replaced_while_it_is_read_is_read_again(sharded, monkeypatch):
+    other, ids = xp.Sharded.load(sharded.folder, problem_of()), of(sharded, 0, 0)
+    kill(sharded, 1)
+    real, calls = folders.Folder.manifest, []
+
+    def manifest(self, digest):
+        if not calls:
+            calls.append(digest)
+            other.retrain()  # the manifest just named is no longer there
+        return real(self, digest)
+
+    monkeypatch.setattr(folders.Folder, "manifest", manifest)
+    assert xp.Sharded.load(sharded.folder, problem_of()).status().dead == () and calls
+    monkeypatch.undo()
+    other.forget(ids[0])  # and a plan knows what others have deleted
+    assert sharded.plan(ids[:2]).already == (ids[0],)

@@ -126,7 +126,7 @@ class Sharded:
         problem = backbone if isinstance(backbone, Problem) else None
         base = copy.deepcopy(backbone.model if isinstance(backbone, Problem) else backbone)
         at = Folder(folder)
-        named = at.manifest(at.live().manifest)["backbone"]
+        named = Now.read(at).manifest["backbone"]
         if named["stored"]:
             try:
                 base.load_state_dict(at.get(named["stored"]["tensors"]))
@@ -171,7 +171,7 @@ class Sharded:
             RequestError: a request by label, condition or share covers nothing or everything.
             NeedsError: such a request on a model that was loaded without its problem.
         """
-        return self._planned(self._now, asked)[0]
+        return self._planned(self._refreshed(), asked)[0]
 
     def forget(self, asked: Asked) -> Deleted:
         """Delete samples: switch off what saw them, on disk first and in one step, and erase it.

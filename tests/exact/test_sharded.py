@@ -100,6 +100,18 @@ def test_requests_by_label_name_and_condition(tmp_path):
     assert alone.plan([101]).ids == (101,) and alone.plan(["p1"]).unknown == ("p1",)
 
 
+def test_a_name_of_digits_is_not_taken_for_the_id_of_another_sample(tmp_path):
+    plain = small_data()
+    batch = plain.fetch(plain.ids)
+    data = xp.Data((batch.x, batch.y), ids=plain.ids, names=[str(147 - i) for i in range(48)])
+    sharded = train(tmp_path, problem_of(data), shards=1, slices=2, orders=1)
+    assert sharded.plan(["100"]).ids == (147,) and sharded.plan([100]).ids == (100,)
+    alone = xp.Sharded.load(tmp_path, problem_of().model)
+    with pytest.raises(NeedsError, match="give ids as numbers"):
+        alone.plan(["100"])
+    assert alone.plan([100]).ids == (100,)
+
+
 def test_all_the_data_stops_the_service_and_says_so(sharded):
     done = sharded.forget(sharded._now.index.ids)
     assert done.plan.stops and done.plan.dies == (0, 1) and done.plan.remaining == 0

@@ -351,7 +351,9 @@ class Sharded:
         return served(self._base, how, Slots.read(now.manifest["slots"]), stages)
 
     def _planned(self, now: Now, asked: Asked) -> tuple[Plan, State, np.ndarray]:
-        found = resolve(asked, now.index, now.live.deleted, self._problem)
+        found = resolve(
+            asked, now.index, now.live.deleted, self._problem, now.manifest.get("named", False)
+        )
         made, state = plan(
             now.state,
             found.located,

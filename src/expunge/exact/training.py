@@ -71,6 +71,7 @@ def train_all(
             "runtime": runtime.describe(), "problem": {"kind": problem.kind, "name": problem.name},
             "backbone": backbone, "settings": how.in_force(), "slots": slots.to_dict(), "seed": seed,
             "index": {"tensors": tensors, "file": file}, "shards": shards, "previous": None,
+            "named": problem.train.names is not None,
             "superseded": [], "exactness": {
                 "breaks": found.breaks, "warnings": list(found.warnings), "fitted": dict(fitted)
             },

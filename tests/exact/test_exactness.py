@@ -276,3 +276,42 @@ def test_sisa_is_one_order_of_whole_models(tmp_path):
 def test_sequences_of_settings_are_those_of_the_manifest():
     how = Settings(slices=3, orders=2, sequences="matching", prior=(0.6, 0.3, 0.1))
     assert len(prefixes(how.chosen())) == 6 and how.chosen()[-1][0] != 0
+
+
+class Twice(nn.Module):
+    """The same layer at two places of a list, a weight of its own, and a head that lends its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 8)
+        self.first = nn.Linear(8, 8)
+        self.first.weight = self.head.weight
+        layer = nn.Linear(8, 8)
+        self.layers = nn.ModuleList([layer, layer])
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        x = torch.relu(self.first(nn.functional.pad(x, (0, 3)))) * self.scale
+        for layer in self.layers:
+            x = x + torch.relu(layer(x))
+        return self.head(x)[:, :3]
+
+
+@pytest.mark.parametrize("adapter", ["lora(2)", "sparse(0.5)"])
+def test_what_is_served_is_what_was_trained_where_modules_and_weights_have_two_names(tmp_path, adapter):  # fmt: skip
+    torch.manual_seed(0)
+    problem = xp.Classification(
+        Twice(), small_data(), valid=small_data(40, 1, 0), roles={"last layer": ["head"]}
+    )
+    layers = ("layers.0",) if adapter == "lora(2)" else ()
+    how = {"shards": 1, "slices": 2, "orders": 1, "blocks": "all", "layers": layers}
+    sharded = train(tmp_path, problem, adapter=adapter, **how)
+    known = digests_of(sharded.manifest)
+    for s, prefix, stage in stages_of(sharded.manifest):
+        tensors = [sharded._folder.get(known[s, prefix[:k]]) for k in range(1, len(prefix) + 1)]
+        again = stages.served(sharded._base, sharded.settings, sharded._slots, tensors)
+        assert stages.score(problem, again) == stage["score"]
+        assert again.layers[0] is again.layers[1]
+        # a map on one of two modules that share a weight unties them, in training as afterwards
+        assert (again.first.weight is again.head.weight) == (adapter == "lora(2)")
+        assert not torch.equal(again.head.weight, sharded._base.head.weight)

@@ -100,6 +100,18 @@ def test_requests_by_label_name_and_condition(tmp_path):
     assert alone.plan([101]).ids == (101,) and alone.plan(["p1"]).unknown == ("p1",)
 
 
+def test_a_name_of_digits_is_not_taken_for_the_id_of_another_sample(tmp_path):
+    plain = small_data()
+    batch = plain.fetch(plain.ids)
+    data = xp.Data((batch.x, batch.y), ids=plain.ids, names=[str(147 - i) for i in range(48)])
+    sharded = train(tmp_path, problem_of(data), shards=1, slices=2, orders=1)
+    assert sharded.plan(["100"]).ids == (147,) and sharded.plan([100]).ids == (100,)
+    alone = xp.Sharded.load(tmp_path, problem_of().model)
+    with pytest.raises(NeedsError, match="give ids as numbers"):
+        alone.plan(["100"])
+    assert alone.plan([100]).ids == (100,)
+
+
 def test_all_the_data_stops_the_service_and_says_so(sharded):
     done = sharded.forget(sharded._now.index.ids)
     assert done.plan.stops and done.plan.dies == (0, 1) and done.plan.remaining == 0
@@ -426,3 +438,96 @@ def test_copies_in_other_slices_are_warned_of(tmp_path):
     averaged = torch.optim.swa_utils.AveragedModel(Blocky())
     with pytest.raises(NeedsError, match="average"):
         train(tmp_path / "a", xp.Classification(averaged, small_data()), blocks="all")
+
+
+# --- copies that no deletion would reach -----------------------------------------------------------
+
+
+def stopped_after(monkeypatch, count):
+    real, calls = trainer.train_stage, []
+
+    def call(*args):
+        calls.append(args)
+        if len(calls) > count:
+            raise Stop
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "train_stage", call)
+
+
+def test_a_training_leaves_no_checkpoint_and_no_stage_of_one_that_was_given_up(
+    tmp_path, monkeypatch
+):
+    how = {"shards": 1, "slices": 2, "orders": 1}
+    with monkeypatch.context() as patch, contextlib.suppress(Stop):
+        stopped_after(patch, 1)
+        train(tmp_path / "m", **how)
+    data = small_data()  # one is withdrawn before the training is started again
+    runtime = xp.Runtime(checkpoint=tmp_path / "c", checkpoint_every=1)
+    sharded = train(tmp_path / "m", problem_of(data.only(data.ids[1:])), runtime=runtime, **how)
+    named = {*digests_of(sharded.manifest).values(), sharded.manifest["index"]["tensors"]}
+    assert {p.stem for p in sharded._folder.stages.glob("*")} == named
+    assert (tmp_path / "c").exists() and not list((tmp_path / "c").iterdir())
+
+
+@pytest.mark.parametrize("during", [False, True])
+def test_stages_of_an_interrupted_retraining_go_with_the_next_deletion(
+    sharded, monkeypatch, during
+):
+    kill(sharded, 0)
+    late = of(sharded, 0, 0)[0]
+    before = {p.stem for p in sharded._folder.stages.glob("*")}
+    with monkeypatch.context() as patch, contextlib.suppress(Stop):
+        stopped_after(patch, 3)
+        sharded.retrain()
+    assert {p.stem for p in sharded._folder.stages.glob("*")} > before
+    if during:  # deleted while it was under way; it ended afterwards
+        other = xp.Sharded.load(sharded.folder, problem_of().model)
+        with other._folder.locked("training"):
+            other.forget(late)
+        assert sharded._folder.records.exists()
+        xp.Sharded.load(sharded.folder, problem_of().model)
+    else:
+        sharded.forget(late)
+    assert {p.stem for p in sharded._folder.stages.glob("*")} == before
+    assert not sharded._folder.records.exists() and sharded.verify() == []
+    assert sharded.retrain().dead == ()
+
+
+# --- other processes -------------------------------------------------------------------------------
+
+
+def test_looking_at_a_model_while_another_process_commits_takes_nothing_away(sharded, monkeypatch):
+    """The new manifest is on disk and not yet in force when another process verifies and loads."""
+    kill(sharded, 0)
+    real, seen = folders.Folder.put_live, []
+
+    def put_live(self, live):
+        # the committing process holds the lock, so whoever opens the model does not wait for it here
+        seen.append(verify_folder(self.path))
+        seen.append(folders.Folder(self.path).live().number)
+        real(self, live)
+
+    monkeypatch.setattr(folders.Folder, "put_live", put_live)
+    sharded.retrain()
+    assert len(seen) == 2 and seen[0] == []
+    assert xp.Sharded.load(sharded.folder, problem_of()).verify() == []
+    assert sharded.status().dead == ()
+
+
+def test_a_state_that_is_replaced_while_it_is_read_is_read_again(sharded, monkeypatch):
+    other, ids = xp.Sharded.load(sharded.folder, problem_of()), of(sharded, 0, 0)
+    kill(sharded, 1)
+    real, calls = folders.Folder.manifest, []
+
+    def manifest(self, digest):
+        if not calls:
+            calls.append(digest)
+            other.retrain()  # the manifest just named is no longer there
+        return real(self, digest)
+
+    monkeypatch.setattr(folders.Folder, "manifest", manifest)
+    assert xp.Sharded.load(sharded.folder, problem_of()).status().dead == () and calls
+    monkeypatch.undo()
+    other.forget(ids[0])  # and a plan knows what others have deleted
+    assert sharded.plan(ids[:2]).already == (ids[0],)

@@ -37,7 +37,13 @@ class Found:
     outside: tuple[int | str, ...]
 
 
-def resolve(asked: Asked, index: Index, deleted: np.ndarray, problem: Problem | None) -> Found:
+def resolve(
+    asked: Asked,
+    index: Index,
+    deleted: np.ndarray,
+    problem: Problem | None,
+    named: bool = False,
+) -> Found:
     """Find what is asked for.
 
     Args:
@@ -45,6 +51,7 @@ def resolve(asked: Asked, index: Index, deleted: np.ndarray, problem: Problem | 
         index: of the model.
         deleted: whether each sample of it is deleted.
         problem: whose data knows names, labels and conditions.
+        named: whether the samples had names when the model was trained.
 
     Returns:
         What there is, and what there is not.
@@ -53,7 +60,7 @@ def resolve(asked: Asked, index: Index, deleted: np.ndarray, problem: Problem | 
         RequestError: the request covers nothing or everything, or an id is no id.
         NeedsError: the request needs the data, and there is none.
     """
-    ids, unknown = _numbers(asked, problem)
+    ids, unknown = _numbers(asked, problem, named)
     if not ids and not unknown:
         raise RequestError("the request names no sample")
     places, there = index.find(ids)
@@ -78,7 +85,7 @@ def resolve(asked: Asked, index: Index, deleted: np.ndarray, problem: Problem | 
     )
 
 
-def _numbers(asked: Any, problem: Problem | None) -> tuple[list[int], tuple[str, ...]]:
+def _numbers(asked: Any, problem: Problem | None, named: bool) -> tuple[list[int], tuple[str, ...]]:
     """Ids, and names that nobody knows."""
     if isinstance(asked, Request):
         if asked.ids is None:
@@ -105,6 +112,12 @@ def _numbers(asked: Any, problem: Problem | None) -> tuple[list[int], tuple[str,
             ids.append(known[item])
         elif isinstance(item, str) and not re.fullmatch(r"-?[0-9]{1,18}", item):
             unknown.append(item)
+        elif isinstance(item, str) and named and names is None:
+            # the name "17" may be another sample's than the id 17
+            raise NeedsError(
+                f"the samples have names, and {item!r} may be one; load the model with its problem, or "
+                "give ids as numbers"
+            )
         elif isinstance(item, bool) or not isinstance(item, (int, np.integer, str)):
             raise RequestError(f"{item!r} is no id; ids are whole numbers or names")
         elif not -(2**63) <= int(item) < 2**63:

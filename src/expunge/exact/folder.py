@@ -29,6 +29,8 @@ from expunge.store.blobs import read_verified
 from expunge.store.ids import new_id
 
 MANIFEST, NEXT, LIVE = "manifest.json", "manifest.next.json", "live.json"
+BEGAN = "began"
+"""Note of an interrupted retraining: the number of changes it began after."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,12 @@ class Folder:
             record = json.loads((self.records / f"{key}.json").read_bytes())
             if record["file"] == file_hash(self.file(record["tensors"])):
                 return record
+        return None
+
+    def began(self) -> int | None:
+        """Changes of the model before the retraining that left notes; None if there is none."""
+        with suppress(OSError, ValueError, KeyError):
+            return int(json.loads((self.records / f"{BEGAN}.json").read_bytes())["number"])
         return None
 
     def forget_notes(self) -> None:

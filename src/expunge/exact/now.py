@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from expunge.core.errors import StoreError
 from expunge.exact import manifest as manifests
 from expunge.exact.folder import Folder, Live
 from expunge.exact.index import Index
@@ -43,6 +44,15 @@ class Now:
             StoreError: there is no model, or a file was altered.
         """
         stamp = folder.stamp()
+        try:
+            return cls._read(folder, stamp)
+        except StoreError:
+            if folder.stamp() == stamp:
+                raise
+        return cls.read(folder)  # another process put the next state in force meanwhile
+
+    @classmethod
+    def _read(cls, folder: Folder, stamp: tuple[int, ...]) -> Now:
         live = folder.live()
         manifest = manifests.check(folder.manifest(live.manifest))
         index = Index.read(folder.get(manifest["index"]["tensors"]))

@@ -16,6 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Inputs, map_inputs
-from expunge.core.errors import ModelError, NeedsError, SettingError, StoreError
+from expunge.core.errors import ExpungeError, ModelError, NeedsError, SettingError, StoreError
 from expunge.core.hashing import hash_model
 from expunge.core.problem import Problem
 from expunge.core.runtime import Runtime
@@ -125,7 +126,7 @@ class Sharded:
         problem = backbone if isinstance(backbone, Problem) else None
         base = copy.deepcopy(backbone.model if isinstance(backbone, Problem) else backbone)
         at = Folder(folder)
-        named = at.manifest(at.live().manifest)["backbone"]
+        named = Now.read(at).manifest["backbone"]
         if named["stored"]:
             try:
                 base.load_state_dict(at.get(named["stored"]["tensors"]))
@@ -170,7 +171,7 @@ class Sharded:
             RequestError: a request by label, condition or share covers nothing or everything.
             NeedsError: such a request on a model that was loaded without its problem.
         """
-        return self._planned(self._now, asked)[0]
+        return self._planned(self._refreshed(), asked)[0]
 
     def forget(self, asked: Asked) -> Deleted:
         """Delete samples: switch off what saw them, on disk first and in one step, and erase it.
@@ -200,6 +201,7 @@ class Sharded:
                 gone = gone - after.alive if gone else gone
                 for digest in gone:
                     self._folder.erase(digest)
+                self._drop_outdated(after)
         return Deleted(
             plan=found,
             weights_before=now.weights,
@@ -349,7 +351,9 @@ class Sharded:
         return served(self._base, how, Slots.read(now.manifest["slots"]), stages)
 
     def _planned(self, now: Now, asked: Asked) -> tuple[Plan, State, np.ndarray]:
-        found = resolve(asked, now.index, now.live.deleted, self._problem)
+        found = resolve(
+            asked, now.index, now.live.deleted, self._problem, now.manifest.get("named", False)
+        )
         made, state = plan(
             now.state,
             found.located,
@@ -379,3 +383,13 @@ class Sharded:
             self._folder.settle(now.live.manifest)
             for digest in manifests.dead_digests(now.manifest, now.state):
                 self._folder.erase(digest)
+            self._drop_outdated(now)
+
+    def _drop_outdated(self, now: Now) -> None:
+        """Erase stages of an interrupted retraining, which may have seen what was deleted since."""
+        if self._folder.began() in (None, now.live.number):
+            return
+        # one that is under way collects at its end; if it never comes there, the next call does
+        with suppress(ExpungeError), self._folder.locked("training", 0.0):
+            self._folder.forget_notes()
+            self._folder.collect(manifests.files_of(now.manifest))

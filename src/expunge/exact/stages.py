@@ -45,8 +45,8 @@ def assemble(
     adapter = adapters.by_name(settings.adapter)
     for k, tensors in enumerate(stages):
         adapters.load(model, adapter, slots.modules[k], group(k), _part(tensors, _ADAPTER))
-    if stages and slots.head:
-        _put(model, _part(stages[-1], _HEAD), strict=False)
+        if slots.head:  # stage by stage: a sparse map knows the weights it was learned on
+            _put(model, _part(tensors, _HEAD), strict=False)
     return model
 
 
@@ -59,11 +59,15 @@ def served(
         model = adapters.merged(model)
         # both names of a weight that two modules share, so that they go on sharing it
         mine = dict(base.named_parameters(remove_duplicate=False))
-        moved = tuple(f"{n}." for k in range(len(stages)) for n in slots.modules[k])
-        for name, _ in list(model.named_parameters(remove_duplicate=False)):
-            if not name.startswith(moved) and name not in slots.head:
-                owner, _, last = name.rpartition(".")
-                model.get_submodule(owner)._parameters[last] = mine[name]
+        own = dict(model.named_parameters(remove_duplicate=False))
+        # by identity: a module or a weight of the head may have further names
+        moved = {id(model.get_submodule(n)) for k in range(len(stages)) for n in slots.modules[k]}
+        head = {id(own[n]) for n in slots.head}
+        for name, parameter in own.items():
+            owner, _, last = name.rpartition(".")
+            module = model.get_submodule(owner)
+            if id(module) not in moved and id(parameter) not in head:
+                module._parameters[last] = mine[name]
     return model.requires_grad_(False).eval()
 
 

@@ -113,10 +113,10 @@ class Trainer:
                 whole = self._settings.adapter == WHOLE
                 names = [prefix[:k] for k in range(len(prefix) - 1 if whole else 1, len(prefix))]
                 before = [self._of(p, stages, tensors) for p in names if p]
-                start = time.perf_counter()
+                name, start = f"stage-{key[:16]}", time.perf_counter()
                 new, model = train_stage(
                     self._base, self._problem, self._settings, self._slots, before, ids, seed,
-                    self._runtime, f"stage-{key[:16]}",
+                    self._runtime, name,
                 )  # fmt: skip
                 seconds = time.perf_counter() - start
                 digest, file = self._folder.put(new)
@@ -126,6 +126,8 @@ class Trainer:
                     "seconds": seconds, "score": score(self._problem, model), "carries": CARRIES,
                 }  # fmt: skip
                 self._folder.note(key, found)
+                if self._runtime.checkpoint is not None:  # a copy that no deletion would erase
+                    (self._runtime.checkpoint / f"{name}.pt").unlink(missing_ok=True)
             stages[prefix] = dict(found)
             advance()
         return {

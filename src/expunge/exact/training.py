@@ -14,7 +14,7 @@ from expunge.core.hashing import hash_model
 from expunge.core.problem import Problem
 from expunge.core.runtime import Budget, Runtime
 from expunge.exact import manifest as manifests
-from expunge.exact.folder import Folder
+from expunge.exact.folder import BEGAN, Folder
 from expunge.exact.hazards import inspect
 from expunge.exact.index import Index, digests
 from expunge.exact.now import Now
@@ -71,12 +71,14 @@ def train_all(
             "runtime": runtime.describe(), "problem": {"kind": problem.kind, "name": problem.name},
             "backbone": backbone, "settings": how.in_force(), "slots": slots.to_dict(), "seed": seed,
             "index": {"tensors": tensors, "file": file}, "shards": shards, "previous": None,
+            "named": problem.train.names is not None,
             "superseded": [], "exactness": {
                 "breaks": found.breaks, "warnings": list(found.warnings), "fitted": dict(fitted)
             },
         }  # fmt: skip
         folder.commit(made, nothing, 0)
         folder.forget_notes()
+        folder.collect(manifests.files_of(made))  # an interrupted training may have had other data
     return base
 
 
@@ -110,6 +112,7 @@ def train_again(
     trainer = Trainer(
         folder, base, now.manifest["backbone"]["hash"], problem, how, slots, seed, runtime, samples
     )  # fmt: skip
+    folder.note(BEGAN, {"number": now.live.number})
     index, entries = now.index, list(now.manifest["shards"])
     with runtime.task("sharded training", trainer.total(len(shards))) as task:
         for s in shards:

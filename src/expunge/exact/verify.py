@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from expunge.core.errors import StoreError
+from expunge.core.errors import ExpungeError, StoreError
 from expunge.exact.folder import LIVE, MANIFEST, Folder, file_hash
 from expunge.exact.index import Index
 from expunge.exact.manifest import check, dead_digests, stages, state_of
@@ -22,16 +22,22 @@ def verify_folder(path: str | Path) -> list[str]:
         One sentence a fault; empty if every file is what the manifest in force says.
     """
     folder = Folder(path)
+    said = _faults(folder)
+    if said and folder.exists():
+        # what another process is just changing is no fault; a folder that cannot be locked is still
+        with suppress(ExpungeError), folder.locked():
+            return _faults(folder)
+    return said
+
+
+def _faults(folder: Folder) -> list[str]:
+    # changes nothing: a manifest that is not yet in force is somebody's who is about to commit it
     try:
         live = folder.live()
-        folder.settle(live.manifest)
-        if file_hash(folder.path / MANIFEST) != live.manifest:
-            raise StoreError(f"{MANIFEST} was altered: its hash is not the one that {LIVE} names")
-        manifest = check(json.loads((folder.path / MANIFEST).read_bytes()))
-    except FileNotFoundError:
-        return [f"{MANIFEST} is missing"]
+        manifest = check(folder.manifest(live.manifest))
     except StoreError as error:
-        return [str(error)]
+        missing = not (folder.path / MANIFEST).exists() and folder.exists()
+        return [f"{MANIFEST} is missing" if missing else str(error)]
     said: list[str] = []
     index = _file(folder, manifest["index"], "the index of samples", said)
     if manifest["backbone"]["stored"]:

@@ -287,7 +287,7 @@ def test_a_version_appears_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["v"] and versions.read(tmp_path / "v") == record
     again = versions.make(tmp_path, "v", half)  # not made again
     assert again == record
-    assert versions.clean(tmp_path, []) == ["v"]
+    assert versions.clean(tmp_path, lambda: []) == ["v"]
 
 
 def test_certificates_form_a_chain(service):
@@ -311,3 +311,85 @@ def test_run_batch_of_nothing_is_empty(service):
     service.cancel(one)
     (batch,) = waiting(service)
     assert run_batch(service, batch) == "empty"
+
+
+def test_a_key_with_another_content_is_refused_after_the_end_too(service):
+    one = submit(service, ids=[1], key="k")
+    step_until_done(service)
+    assert service.get(one)["state"] == "released"
+    with pytest.raises(Reused):  # else the caller believes that 2 was deleted
+        submit(service, ids=[2], key="k")
+    assert submit(service, ids=[1], key="k") == one
+    with service.database.engine.begin() as connection:
+        ledger.purge(connection, one)
+    with pytest.raises(Reused):  # nobody can tell any more what it asked for
+        submit(service, ids=[1], key="k")
+
+
+def test_a_key_stands_for_large_numbers_too(service):
+    one = submit(service, ids=[2**60], key="k")
+    assert submit(service, ids=[2**60], key="k") == one
+
+
+def test_two_that_use_a_key_at_once_get_one_request(service, monkeypatch):
+    first = submit(service, ids=[1], key="k")
+    real, looks = requests.submit, []
+
+    def blind(connection, identifier, *rest, key):
+        looks.append(key)  # the other's row is not visible yet, as on Postgres
+        if len(looks) == 1:
+            connection.execute(
+                requests.requests.insert().from_select(
+                    list(requests.requests.c.keys()),
+                    requests.requests.select().where(requests.requests.c.id == first),
+                )
+            )
+        return real(connection, identifier, *rest, key=key)
+
+    monkeypatch.setattr(requests, "submit", blind)
+    assert submit(service, ids=[1], key="k") == first and len(looks) == 2
+
+
+def written(service, *ids):
+    """A batch for a request that is written and not yet audited."""
+    one = submit(service, ids=list(ids))
+    steps.resolve(service, one), steps.plan(service, one)
+    (batch,) = waiting(service)
+    steps.claim(service, batch)
+    return one, batch, steps.forget(service, batch, "policy")
+
+
+def test_a_version_that_vanished_passes_no_audit_and_is_not_released(service):
+    one, batch, made = written(service, 1)
+    found = steps.audit(service, batch, "policy")
+    versions.clean(service.versions("fake"), lambda: [])
+    with pytest.raises(ExpungeError, match="not there"):
+        steps.audit(service, batch, "policy")
+    with pytest.raises(ExpungeError, match="not there"):
+        steps.release(service, batch, "policy", made, found)
+    assert service.current("fake") is None and service.get(one)["state"] == "running"
+
+
+def test_a_late_cleaning_spares_what_another_batch_has_written(service, monkeypatch):
+    one = submit(service, ids=[1])
+    step_until_done(service)
+    old = service.get(one)["batch"]
+    _, batch, made = written(service, 2)
+    parent = service.versions("fake")
+    draft = parent / f".{batch}-retrain.abcd"
+    draft.mkdir()
+    assert steps.clean(service, old) == [] and draft.exists()
+    # it stood still while the other one was released
+    read = service.database.read
+
+    def late(work, **more):
+        if work.__name__ == "keep":
+            steps.release(service, batch, "policy", made, steps.audit(service, batch, "policy"))
+        return read(work, **more)
+
+    monkeypatch.setattr(service.database, "read", late)
+    steps.clean(service, old)
+    assert service.current_folder(service.current("fake")).is_dir()
+    monkeypatch.undo()
+    steps.clean(service, batch)
+    assert [p.name for p in parent.iterdir()] == [made["folder"]]

@@ -73,12 +73,15 @@ def submit(
     ).mappings().first()  # fmt: skip
     asked = plain({k: v for k, v in request.to_dict().items() if k not in ("time", "reason")})
     if found is not None:
-        kept = ledger.kept(connection, found["id"])
-        if found["model"] != model or (kept is not None and kept != asked):
+        if found["model"] != model or not _same(connection, found["id"], asked):
             raise Reused("this idempotency key was used for another request; take a new one")
         return dict(found), False
     if len(json.dumps(asked)) > LONGEST_SELECTOR:
         raise RequestError("the request names too much; split it")
+    if any(abs(int(label)) > ledger.EXACT for label in request.label or ()):
+        raise RequestError("no class has a number of that size")
+    if "\0" in request.reason:
+        raise RequestError("the reason holds a character that is no text")
     time = now()
     row: dict[str, Any] = {
         "id": identifier, "model": model, "state": states.RECEIVED, "attempt": 1, "key": key,
@@ -98,6 +101,14 @@ def submit(
     )  # fmt: skip
     enqueue(connection, REQUEST_FLOW, identifier)
     return row, True
+
+
+def _same(connection: sa.Connection, identifier: str, asked: Mapping[str, Any]) -> bool:
+    """Whether a request asked for this; told by its commitment, as what it named may be deleted."""
+    salt, promised = ledger.salt_of(connection, identifier), ledger.promised(connection, identifier)
+    if salt is None or promised is None:  # nobody can tell any more; rather ask than lose one
+        return False
+    return ledger.commitment(salt, ledger.canonical(asked).decode()) == promised
 
 
 def move(

@@ -198,15 +198,17 @@ def audit(service: Service, batch: str, how: str) -> Json:
     name, _, ids = service.database.read(lambda c: batches.contents(c, batch))
     model, version = service.policy.model(name), service.versions(name) / f"{batch}-{how}"
     made = versions.read(version)
-    if made is None:  # nothing was left to delete
+    deleter, before = service.deleter(name), service.current_folder(service.current(name))
+    # a batch may hold samples that were deleted before it began
+    asked = deleter.resolve(Request(ids=tuple(ids)), before)
+    if made is None:
+        if asked.ids:  # no audit can pass on what is not there
+            raise ExpungeError(f"the version {version.name} is not there any more")
         return {"findings": [], "broken": [], "more": {}, "verdict": None, "escalate": False}
-    deleter = service.deleter(name)
     wrong = deleter.verify(version)
     if wrong:
         raise ExpungeError(f"what was written is not whole: {wrong[0]}")
-    before = service.current_folder(service.current(name))
-    # a batch may hold samples that were deleted before it began
-    gone = set(deleter.resolve(Request(ids=tuple(ids)), before).already)
+    gone = set(asked.already)
     findings, more = deleter.audit([i for i in ids if i not in gone], before, version, how)
     exact = how == "retrain" and made["evidence"] == "exact"
     return {
@@ -253,6 +255,9 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
     }
     current = service.current(name)
     folder = None if made["folder"] is None else service.versions(name) / made["folder"]
+    ended = service.database.read(lambda c: batches.state_of(c, batch)) == "done"
+    if folder is not None and not ended and versions.read(folder) is None:
+        raise ExpungeError(f"the version {folder.name} is not there any more")
     before = current
     if folder is None and current is not None:  # others deleted it meanwhile
         record = {**current["record"], "batch": batch}
@@ -273,12 +278,16 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
 def clean(service: Service, batch: str) -> list[str]:
     """Remove superseded versions, which still hold what was deleted since."""
     name, _, _ = service.database.read(lambda c: batches.contents(c, batch))
-    keep = service.database.read(
-        lambda c: batches.kept_folders(c, name, service.policy.model(name).keep_versions + 1)
-    )
+    count = service.policy.model(name).keep_versions + 1
+
+    def keep(connection: sa.Connection) -> list[str]:
+        going_on = batches.open_batches(connection, name)
+        made = [f"{one}-{how}" for one in going_on for how in ("policy", "retrain")]
+        return [*batches.kept_folders(connection, name, count), *made]
+
     if (folder := service.current_folder(service.current(name))) is not None:
         service.deleter(name).retire(folder)
-    return versions.clean(service.versions(name), keep)
+    return versions.clean(service.versions(name), lambda: service.database.read(keep))
 
 
 def reject(service: Service, batch: str, found: Json) -> None:

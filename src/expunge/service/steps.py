@@ -8,7 +8,7 @@ from expunge.core.errors import ExpungeError, RequestError
 from expunge.core.request import Request
 from expunge.report.verdict import row_verdict
 from expunge.service import batches, requests, states, versions
-from expunge.service.certify import certificates, first_fingerprint
+from expunge.service.certify import about_others, certificates, first_fingerprint
 from expunge.service.deleter import Json, Resolved
 from expunge.service.service import Service
 from expunge.service.tables import samples
@@ -50,7 +50,9 @@ def resolve(service: Service, identifier: str) -> bool:
         record = dict(current["record"]) if current is not None else _untouched(service, row)
         folder, before = service.current_folder(current), _before(service, current)
         covered = {identifier: list(found.already)}
-        signed = certificates(service, row["model"], covered, record, folder, before)
+        signed = certificates(
+            service, row["model"], covered, record, folder, before, earlier=True
+        )
 
     def write(connection: sa.Connection) -> None:
         if not requests.move(
@@ -58,7 +60,9 @@ def resolve(service: Service, identifier: str) -> bool:
         ):
             return
         if found.ids:
-            connection.execute(sa.insert(samples), {"request": identifier, "ids": list(found.ids)})
+            # those deleted before too: the certificate commits to all that it covers
+            every = sorted({*found.ids, *found.already})
+            connection.execute(sa.insert(samples), {"request": identifier, "ids": every})
             return
         result = {"outcome": "already-deleted", "version": current["version"] if current else 0}
         requests.move(
@@ -120,9 +124,10 @@ def plan(service: Service, identifier: str) -> bool:
         return False
     name, model = row["model"], service.policy.model(row["model"])
     ids = service.database.read(lambda c: batches.ids_of(c, [identifier]))
-    folder = service.current_folder(service.current(name))
-    priced = service.deleter(name).plan(ids, folder)
-    hold = model.holds(len(ids))
+    folder, deleter = service.current_folder(service.current(name)), service.deleter(name)
+    new = deleter.resolve(Request(ids=tuple(ids)), folder).ids
+    priced = deleter.plan(new, folder)
+    hold = model.holds(row["count"])
 
     def write(connection: sa.Connection) -> None:
         requests.lock_model(connection, name)
@@ -259,10 +264,11 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
     if folder is not None and not ended and versions.read(folder) is None:
         raise ExpungeError(f"the version {folder.name} is not there any more")
     before = current
-    if folder is None and current is not None:  # others deleted it meanwhile
-        record = {**current["record"], "batch": batch}
+    earlier = folder is None and current is not None
+    if earlier:  # others deleted it meanwhile
+        record = {**about_others(current["record"]), "batch": batch}
         folder, before = service.current_folder(current), _before(service, current)
-    signed = certificates(service, name, covered, record, folder, before)
+    signed = certificates(service, name, covered, record, folder, before, earlier=earlier)
     record["certificate"] = first_fingerprint(signed)
 
     def write(connection: sa.Connection) -> bool:

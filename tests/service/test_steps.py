@@ -9,7 +9,7 @@ import stepping
 from stepping import run_batch, step_until_done
 
 import expunge as xp
-from expunge.core.errors import ExpungeError
+from expunge.core.errors import ExpungeError, RequestError
 from expunge.report.certificate import statement_of
 from expunge.service import batches, ledger, requests, states, steps, versions
 from expunge.service.errors import Conflict, NotFound, Reused
@@ -22,6 +22,10 @@ def submit(service, model="fake", key=None, **form):
 
 def history(service, one):
     return [h["state"] for h in service.database.read(lambda c: requests.history_of(c, one))]
+
+
+def history_notes(service, one):
+    return [h["note"] for h in service.database.read(lambda c: requests.history_of(c, one))]
 
 
 def waiting(service):
@@ -161,6 +165,44 @@ def test_answers_that_are_no(service, form, says):
     assert history(service, one) == ["received", "rejected"]
     (entry,) = [e for e in entries(service) if e.kind == "rejected"]
     assert entry.content["why"] == row["error"] and "Ann" not in entry.body
+
+
+@pytest.mark.parametrize(
+    "where", ["Miller == 3", 'label == "Miller"', "a.Miller == 1", "Miller ==", "label == Miller", "Miller@x"]
+)  # fmt: skip
+def test_no_word_of_a_condition_stays_in_ledger_or_answer(service, where):
+    one = submit(service, where=where)
+    step_until_done(service)
+    assert service.get(one)["state"] == "rejected"
+    kept = "".join(e.body for e in entries(service)) + str(service.get(one)) + str(history_notes(service, one))  # fmt: skip
+    assert "Miller" not in kept
+
+
+def test_no_sample_stays_in_the_ledger_when_something_fails(service):
+    one = submit(service, user="Miller")
+    steps.fail_request(service, one, "KeyError: 'Miller'")
+    two = submit(service, ids=[777])
+    steps.resolve(service, two)
+    steps.fail_request(service, two, "IndexError: no 777")
+    three, batch, _ = written(service, 777)
+    steps.give_back(service, batch, "IndexError: index 777 is out of bounds for size 600")
+    assert service.get(three)["error"] == "IndexError: index … is out of bounds for size 600"
+    kept = "".join(e.body for e in entries(service))
+    assert "Miller" not in kept and "777" not in kept
+
+
+def test_the_words_of_a_withdrawal_are_not_in_the_ledger(service):
+    one = submit(service, "held", ids=[1])
+    service.cancel(one, "Ann Miller changed her mind")
+    assert history_notes(service, one)[-1] == {"why": "Ann Miller changed her mind"}
+    assert "Miller" not in "".join(e.body for e in entries(service))
+
+
+@pytest.mark.parametrize("form", [{"label": 10**30}, {"ids": [1], "reason": "a\0b"}])
+def test_what_no_database_could_hold_is_refused_at_once(service, form):
+    with pytest.raises(RequestError):
+        submit(service, **form)
+    assert entries(service) == []
 
 
 def test_unknown_samples_may_be_reported_instead(with_settings):
@@ -393,43 +435,3 @@ def test_a_late_cleaning_spares_what_another_batch_has_written(service, monkeypa
     monkeypatch.undo()
     steps.clean(service, batch)
     assert [p.name for p in parent.iterdir()] == [made["folder"]]
-
-
-def predicate_of(service, one):
-    return statement_of(service.get(one)["certificate"])["predicate"]
-
-
-def test_a_repeated_request_is_not_credited_with_the_audits_of_another(service):
-    submit(service, ids=[1])
-    step_until_done(service)
-    second = submit(service, ids=[2])
-    step_until_done(service)
-    again = submit(service, ids=[1])  # the version in force was made, and audited, for 2
-    step_until_done(service)
-    assert predicate_of(service, second)["findings"]
-    predicate = predicate_of(service, again)
-    assert predicate["findings"] == [] and predicate["verdict"] is None
-    assert "No audit was run." in predicate["says"] and "nothing was done" in predicate["says"][1]
-    assert "No audit was run for this request" in predicate["untested"][0]
-
-
-def test_a_request_that_shared_a_batch_says_so(service):
-    alone = submit(service, ids=[9])
-    step_until_done(service)
-    some = [submit(service, ids=[n]) for n in range(3)]
-    step_until_done(service)
-    assert predicate_of(service, alone)["untested"] == []
-    for one in some:
-        assert "looked at 3 at once" in predicate_of(service, one)["untested"][-1]
-
-
-def test_commitments_cover_what_was_deleted_before_too(service):
-    submit(service, ids=[1])
-    step_until_done(service)
-    one = submit(service, ids=[1, 2, 3])
-    step_until_done(service)
-    row, predicate = service.get(one), predicate_of(service, one)
-    assert row["count"] == 2 and row["plan"]["samples"] == 2
-    with service.database.engine.connect() as connection:
-        salt = ledger.salt_of(connection, one)
-    assert predicate["commitments"]["records"] == ledger.commitments(salt, [1, 2, 3])

@@ -34,6 +34,8 @@ READY = sa.or_(
     sa.and_(requests.c.state == states.PLANNED, requests.c.hold.is_(False)),
 )
 """Requests that a batch may claim."""
+LENGTH = 26
+"""Characters of an identifier."""
 LONGEST_SELECTOR = 200_000
 """Characters of a request as JSON."""
 
@@ -117,6 +119,7 @@ def move(
     before: str | Collection[str],
     after: str,
     note: Mapping[str, Any] | None = None,
+    aside: Mapping[str, Any] | None = None,
     **values: Any,
 ) -> list[str]:
     """Move requests to another state; those that are not in `before` stay as they are.
@@ -126,7 +129,8 @@ def move(
         identifiers: one or several requests.
         before: the state, or states, they have to be in.
         after: the state they enter.
-        note: what is worth telling, for history and ledger; no ids of records.
+        note: what is worth telling, for history and ledger; no ids of records, no words of people.
+        aside: words of people, for the history alone: nothing can be taken out of the ledger.
         **values: further columns to set.
 
     Returns:
@@ -165,7 +169,13 @@ def move(
     connection.execute(
         sa.insert(history),
         [
-            {"request": one, "number": last[one] + 1, "state": after, "time": time, "note": text}
+            {
+                "request": one,
+                "number": last[one] + 1,
+                "state": after,
+                "time": time,
+                "note": {**text, **(aside or {})},
+            }
             for one in moved
         ],
     )
@@ -191,12 +201,14 @@ def get(connection: sa.Connection, prefix: str) -> Row:
     Raises:
         NotFound: there is none, or there are several.
     """
-    if not prefix.isalnum() or len(prefix) > 26:
+    if not prefix.isalnum() or len(prefix) > LENGTH:
         raise NotFound(f"{prefix[:40]!r} is no identifier of a request")
     found = (
         connection.execute(
             sa.select(requests).where(
-                requests.c.id >= prefix.lower(), requests.c.id < prefix.lower() + "{"
+                # no comparison of order: that is the database's, and depends on its language
+                requests.c.id == prefix.lower() if len(prefix) == LENGTH
+                else requests.c.id.startswith(prefix.lower(), autoescape=True)
             ).limit(2)
         ).mappings().all()
     )  # fmt: skip
@@ -288,7 +300,8 @@ def cancel(connection: sa.Connection, identifier: str, why: str = "") -> Row:
         Conflict: it is being carried out, or has ended.
     """
     row = get(connection, identifier)
-    move(connection, row["id"], states.CANCELLABLE, states.CANCELLED, {"why": why} if why else {})
+    said = {"why": why} if why else {}
+    move(connection, row["id"], states.CANCELLABLE, states.CANCELLED, aside=said)
     row = get(connection, row["id"])
     if row["state"] != states.CANCELLED:
         raise Conflict(f"request {row['id']} is {row['state']} and cannot be cancelled any more")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 import sqlalchemy as sa
 
 from expunge.core.errors import ExpungeError, RequestError
@@ -50,9 +53,7 @@ def resolve(service: Service, identifier: str) -> bool:
         record = dict(current["record"]) if current is not None else _untouched(service, row)
         folder, before = service.current_folder(current), _before(service, current)
         covered = {identifier: list(found.already)}
-        signed = certificates(
-            service, row["model"], covered, record, folder, before, earlier=True
-        )
+        signed = certificates(service, row["model"], covered, record, folder, before, earlier=True)
 
     def write(connection: sa.Connection) -> None:
         if not requests.move(
@@ -109,12 +110,23 @@ def in_vain(found: Resolved) -> str:
 
 def without_selector(text: str, asked: Request) -> str:
     """A sentence without what a request names; it goes where nothing personal may go."""
-    values = [repr(asked.where), asked.where]
-    values += [str(v) for v in (*(asked.ids or ()), *(asked.texts or ()), *(asked.user or ()))]
-    for value in sorted((v for v in values if v), key=len, reverse=True):
+    named = [str(v) for v in (*(asked.ids or ()), *(asked.texts or ()), *(asked.user or ()))]
+    if (
+        asked.where is not None
+    ):  # names of columns are quoted from it too, and anything may stand there
+        words = re.findall(r"[^\W_][\w.@+-]*", asked.where)
+        named += [asked.where, *(w for w in words if w not in ("and", "or", "not", "in", "id", "label", "y"))]  # fmt: skip
+    for value in sorted({v for v in named if v}, key=len, reverse=True):
+        text = text.replace(repr(value), "…")
         if len(value) > 2:
-            text = text.replace(value, "…")
+            text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "…", text)
     return text
+
+
+def without_samples(text: str, ids: Iterable[int]) -> str:
+    """A sentence of somebody else's error without the numbers of samples."""
+    named = {str(i) for i in ids}
+    return re.sub(r"\d+", lambda found: "…" if found[0] in named else found[0], text)
 
 
 def plan(service: Service, identifier: str) -> bool:
@@ -145,6 +157,10 @@ def plan(service: Service, identifier: str) -> bool:
 def fail_request(service: Service, identifier: str, why: str) -> None:
     """End a request that could not be planned."""
     before = (states.RECEIVED, states.RESOLVED)
+    if service.get(identifier)["state"] in before:
+        asked = service.database.read(lambda c: requests.selector_of(c, identifier))
+        ids = service.database.read(lambda c: batches.ids_of(c, [identifier]))
+        why = without_samples(without_selector(why, asked), ids)
     service.database.write(
         lambda c: requests.move(c, identifier, before, states.FAILED, {"why": why}, error=why)
     )
@@ -311,7 +327,8 @@ def reject(service: Service, batch: str, found: Json) -> None:
 
 def give_back(service: Service, batch: str, why: str) -> str:
     """After a failure: several requests are carried out again one by one, a single one has failed."""
-    name, held, _ = service.database.read(lambda c: batches.contents(c, batch))
+    name, held, ids = service.database.read(lambda c: batches.contents(c, batch))
+    why = without_samples(why, ids)
 
     def write(connection: sa.Connection) -> str:
         if len(held) > 1:

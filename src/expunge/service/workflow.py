@@ -44,7 +44,9 @@ def _step(name: str, retries: int, work: Callable[..., Any], *arguments: Any) ->
         "interval_seconds": 0.5,
         "backoff_rate": 2.0,
         # a version may be superseded, and gone, while it is read
-        "should_retry": lambda error: not isinstance(error, UserError) or isinstance(error, StoreError),
+        "should_retry": lambda error: (
+            not isinstance(error, UserError) or isinstance(error, StoreError)
+        ),
     }
     try:
         return DBOS.run_step(options, work, _service(), *arguments)

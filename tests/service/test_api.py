@@ -219,6 +219,21 @@ def test_a_large_body_is_refused_by_its_length_and_while_it_comes(app):
     assert client(app).post("/requests", content=b"{}", headers={**headers, "Content-Length": "-5"}).status_code == 400  # fmt: skip
 
 
+@pytest.mark.parametrize("body", [
+    b"[" * 100_000 + b"]" * 100_000, b'{"model": "fake", "inputs": ' + b"[" * 90_000 + b"1" + b"]" * 90_000 + b"}",
+    b'{"model": "fake", "inputs": [1e999]}', b'{"model": "fake", "ids": [1' + b"0" * 5000 + b"]}",
+    b"\xff\xfe", b"{", b"null", b'{"model": "fake", "ids": [true]}', b'{"model": "fake", "ids": [1.5]}',
+    b'{"model": "fake", "ids": []}', b'{"model": "fake"}', b'{"model": "fake", "ids": [1], "label": [2]}',
+    b'{"model": "fake", "ids": ["\\u0000"]}', b'{"model": "fake", "where": "\\ud800"}',
+])  # fmt: skip
+def test_bodies_that_are_none_of_ours(app, body):
+    for path in ("/requests", "/predict"):
+        answer = client(app).post(path, content=body, headers={"Content-Type": "application/json"})
+        assert 200 <= answer.status_code < 500, answer.text
+        if not (path == "/predict" and b"1e999" in body) and b"u0000" not in body:
+            assert answer.status_code >= 400
+
+
 def test_who_calls_too_often_has_to_wait(policy, monkeypatch):
     from expunge.service.policy import read_policy
     from expunge.service.service import Service

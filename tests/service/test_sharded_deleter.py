@@ -121,7 +121,9 @@ def test_when_no_shard_is_left_they_are_trained_anew(made):
     assert row["state"] == "released", row["error"]
     exact = statement_of(row["certificate"])["predicate"]["exact"]
     assert exact["retrained"] == [0, 1, 2]
-    assert exact["died"] == [] and exact["collateral"] == 0  # they serve again, with all that is left
+    assert (
+        exact["died"] == [] and exact["collateral"] == 0
+    )  # they serve again, with all that is left
     folder = service.current_folder(service.current("small"))
     assert held.__class__.load(folder, small_problem.problem()).status().dead == ()
     service.close()

@@ -46,7 +46,7 @@ def app(service):
     return create_app(service)
 
 
-def test_a_request_from_submission_to_certificate(service, app):
+def test_a_request_from_submission_to_certificate(service, app, tmp_path):
     call = client(app)
     sent = {"model": "fake", "ids": [1, 2, 3], "reason": "asked by mail"}
     first = call.post("/requests", json=sent, headers={"Idempotency-Key": "one"})
@@ -63,11 +63,14 @@ def test_a_request_from_submission_to_certificate(service, app):
     assert call.get(path[:-10]).json() == found  # by a unique beginning
     assert call.get(path + "/plan").json()["plan"]["samples"] == 3
     envelope = call.get(path + "/certificate").json()
-    from expunge.report.certificate import verify
+    from expunge.report.certificate import read, verify
     from expunge.report.keys import KeySet, PublicKey
 
     keys = KeySet(tuple(PublicKey(**k) for k in call.get("/keys").json()["keys"]))
     assert verify(envelope, keys).ok
+    file = tmp_path / "certificate.json"  # as curl writes it
+    file.write_bytes(call.get(path + "/certificate").content)
+    assert read(file) == envelope
     assert [r["id"] for r in call.get("/requests?state=released").json()] == [found["id"]]
     assert call.get("/requests?state=failed").json() == []
 
@@ -150,10 +153,22 @@ def test_without_a_token_only_this_machine_is_served(app):
     assert client(app, ELSEWHERE, **{"X-Forwarded-For": "127.0.0.1"}).get("/requests").status_code == 401  # fmt: skip
 
 
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "X-Real-IP", "Forwarded", "Via"])
+def test_without_a_token_nobody_comes_in_through_a_proxy(service, app, header):
+    through = client(app, LOOPBACK, **{header: "127.0.0.1"})
+    assert through.get("/requests").status_code == 401  # whoever called the proxy may be anywhere
+    assert through.get("/health").status_code == 200
+    token = {"Authorization": f"Bearer {TOKEN}", header: "203.0.113.9"}
+    assert client(create_app(service, TOKEN), LOOPBACK, **token).get("/requests").status_code == 200
+
+
 def test_a_page_of_another_address_may_not_call(app):
-    for headers in ({"Host": "evil.example"}, {"Host": "evil.example:80"}, {"Origin": "https://evil.example"}):  # fmt: skip
+    for headers in ({"Host": "evil.example"}, {"Host": "evil.example:80"}, {"Origin": "https://evil.example"},
+                    {"Host": "[::1]evil.example"}, {"Host": "127.0.0.1.evil.example"}, {"Origin": "null"},
+                    {"Origin": "http://localhost@evil.example"}, {"Origin": "http://[::1"}):  # fmt: skip
         assert client(app, **headers).get("/requests").status_code == 403, headers
-    for headers in ({"Host": "localhost:8077"}, {"Host": "[::1]:8077"}, {"Origin": "http://127.0.0.1:8077"}):  # fmt: skip
+    for headers in ({"Host": "localhost:8077"}, {"Host": "[::1]:8077"}, {"Origin": "http://127.0.0.1:8077"},
+                    {"Origin": "http://[::1]"}, {"Host": "localhost"}):  # fmt: skip
         assert client(app, **headers).get("/requests").status_code == 200, headers
 
 
@@ -183,6 +198,8 @@ def test_no_model_leads_elsewhere(app, model):
     for path, body in (("/requests", {"ids": [1]}), ("/predict", {"inputs": [[1]]})):
         answer = client(app).post(path, json={"model": model, **body})
         assert answer.status_code in (404, 422)
+    answer = client(app).get("/requests", params={"model": model + "\0"})
+    assert answer.status_code == 422  # Postgres holds no such text
 
 
 def test_a_large_body_is_refused_by_its_length_and_while_it_comes(app):

@@ -9,7 +9,7 @@ import stepping
 from stepping import run_batch, step_until_done
 
 import expunge as xp
-from expunge.core.errors import ExpungeError
+from expunge.core.errors import ExpungeError, RequestError
 from expunge.report.certificate import statement_of
 from expunge.service import batches, ledger, requests, states, steps, versions
 from expunge.service.errors import Conflict, NotFound, Reused
@@ -22,6 +22,10 @@ def submit(service, model="fake", key=None, **form):
 
 def history(service, one):
     return [h["state"] for h in service.database.read(lambda c: requests.history_of(c, one))]
+
+
+def history_notes(service, one):
+    return [h["note"] for h in service.database.read(lambda c: requests.history_of(c, one))]
 
 
 def waiting(service):
@@ -163,6 +167,44 @@ def test_answers_that_are_no(service, form, says):
     assert entry.content["why"] == row["error"] and "Ann" not in entry.body
 
 
+@pytest.mark.parametrize(
+    "where", ["Miller == 3", 'label == "Miller"', "a.Miller == 1", "Miller ==", "label == Miller", "Miller@x"]
+)  # fmt: skip
+def test_no_word_of_a_condition_stays_in_ledger_or_answer(service, where):
+    one = submit(service, where=where)
+    step_until_done(service)
+    assert service.get(one)["state"] == "rejected"
+    kept = "".join(e.body for e in entries(service)) + str(service.get(one)) + str(history_notes(service, one))  # fmt: skip
+    assert "Miller" not in kept
+
+
+def test_no_sample_stays_in_the_ledger_when_something_fails(service):
+    one = submit(service, user="Miller")
+    steps.fail_request(service, one, "KeyError: 'Miller'")
+    two = submit(service, ids=[777])
+    steps.resolve(service, two)
+    steps.fail_request(service, two, "IndexError: no 777")
+    three, batch, _ = written(service, 777)
+    steps.give_back(service, batch, "IndexError: index 777 is out of bounds for size 600")
+    assert service.get(three)["error"] == "IndexError: index … is out of bounds for size 600"
+    kept = "".join(e.body for e in entries(service))
+    assert "Miller" not in kept and "777" not in kept
+
+
+def test_the_words_of_a_withdrawal_are_not_in_the_ledger(service):
+    one = submit(service, "held", ids=[1])
+    service.cancel(one, "Ann Miller changed her mind")
+    assert history_notes(service, one)[-1] == {"why": "Ann Miller changed her mind"}
+    assert "Miller" not in "".join(e.body for e in entries(service))
+
+
+@pytest.mark.parametrize("form", [{"label": 10**30}, {"ids": [1], "reason": "a\0b"}])
+def test_what_no_database_could_hold_is_refused_at_once(service, form):
+    with pytest.raises(RequestError):
+        submit(service, **form)
+    assert entries(service) == []
+
+
 def test_unknown_samples_may_be_reported_instead(with_settings):
     service = with_settings(more='unknown = "report"')
     one, none = submit(service, ids=[1, 10**6]), submit(service, ids=[10**6])
@@ -287,7 +329,7 @@ def test_a_version_appears_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["v"] and versions.read(tmp_path / "v") == record
     again = versions.make(tmp_path, "v", half)  # not made again
     assert again == record
-    assert versions.clean(tmp_path, []) == ["v"]
+    assert versions.clean(tmp_path, lambda: []) == ["v"]
 
 
 def test_certificates_form_a_chain(service):
@@ -311,3 +353,85 @@ def test_run_batch_of_nothing_is_empty(service):
     service.cancel(one)
     (batch,) = waiting(service)
     assert run_batch(service, batch) == "empty"
+
+
+def test_a_key_with_another_content_is_refused_after_the_end_too(service):
+    one = submit(service, ids=[1], key="k")
+    step_until_done(service)
+    assert service.get(one)["state"] == "released"
+    with pytest.raises(Reused):  # else the caller believes that 2 was deleted
+        submit(service, ids=[2], key="k")
+    assert submit(service, ids=[1], key="k") == one
+    with service.database.engine.begin() as connection:
+        ledger.purge(connection, one)
+    with pytest.raises(Reused):  # nobody can tell any more what it asked for
+        submit(service, ids=[1], key="k")
+
+
+def test_a_key_stands_for_large_numbers_too(service):
+    one = submit(service, ids=[2**60], key="k")
+    assert submit(service, ids=[2**60], key="k") == one
+
+
+def test_two_that_use_a_key_at_once_get_one_request(service, monkeypatch):
+    first = submit(service, ids=[1], key="k")
+    real, looks = requests.submit, []
+
+    def blind(connection, identifier, *rest, key):
+        looks.append(key)  # the other's row is not visible yet, as on Postgres
+        if len(looks) == 1:
+            connection.execute(
+                requests.requests.insert().from_select(
+                    list(requests.requests.c.keys()),
+                    requests.requests.select().where(requests.requests.c.id == first),
+                )
+            )
+        return real(connection, identifier, *rest, key=key)
+
+    monkeypatch.setattr(requests, "submit", blind)
+    assert submit(service, ids=[1], key="k") == first and len(looks) == 2
+
+
+def written(service, *ids):
+    """A batch for a request that is written and not yet audited."""
+    one = submit(service, ids=list(ids))
+    steps.resolve(service, one), steps.plan(service, one)
+    (batch,) = waiting(service)
+    steps.claim(service, batch)
+    return one, batch, steps.forget(service, batch, "policy")
+
+
+def test_a_version_that_vanished_passes_no_audit_and_is_not_released(service):
+    one, batch, made = written(service, 1)
+    found = steps.audit(service, batch, "policy")
+    versions.clean(service.versions("fake"), lambda: [])
+    with pytest.raises(ExpungeError, match="not there"):
+        steps.audit(service, batch, "policy")
+    with pytest.raises(ExpungeError, match="not there"):
+        steps.release(service, batch, "policy", made, found)
+    assert service.current("fake") is None and service.get(one)["state"] == "running"
+
+
+def test_a_late_cleaning_spares_what_another_batch_has_written(service, monkeypatch):
+    one = submit(service, ids=[1])
+    step_until_done(service)
+    old = service.get(one)["batch"]
+    _, batch, made = written(service, 2)
+    parent = service.versions("fake")
+    draft = parent / f".{batch}-retrain.abcd"
+    draft.mkdir()
+    assert steps.clean(service, old) == [] and draft.exists()
+    # it stood still while the other one was released
+    read = service.database.read
+
+    def late(work, **more):
+        if work.__name__ == "keep":
+            steps.release(service, batch, "policy", made, steps.audit(service, batch, "policy"))
+        return read(work, **more)
+
+    monkeypatch.setattr(service.database, "read", late)
+    steps.clean(service, old)
+    assert service.current_folder(service.current("fake")).is_dir()
+    monkeypatch.undo()
+    steps.clean(service, batch)
+    assert [p.name for p in parent.iterdir()] == [made["folder"]]

@@ -211,6 +211,9 @@ def _done(predicate: Mapping[str, Any]) -> Iterator[str]:
     request, exact = predicate["request"], predicate.get("exact")
     count = request.get("records")
     named = "The request named records" if count is None else f"The request covers {_count(count)}"
+    if request.get("earlier"):
+        yield f"{named}, as an earlier request did: nothing was done for this one."
+        return
     yield f"{named}; the method {predicate['method']['name']} answered it."
     if not exact:
         return
@@ -226,8 +229,9 @@ def _done(predicate: Mapping[str, Any]) -> Iterator[str]:
         yield f"In shard {step['shard']}, {where} affected: {what} switched off."
     if exact.get("retrained"):
         yield f"Retrained without the records: shard {', '.join(map(str, exact['retrained']))}."
-    if exact.get("died"):
-        yield f"No longer in use: shard {', '.join(map(str, exact['died']))}."
+    unused = [s for s in exact.get("died") or [] if s not in (exact.get("retrained") or [])]
+    if unused:
+        yield f"No longer in use: shard {', '.join(map(str, unused))}."
 
 
 def _count(number: int) -> str:

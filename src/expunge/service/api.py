@@ -15,6 +15,7 @@ from starlette.background import BackgroundTask
 
 from expunge import __version__
 from expunge.core.errors import ExpungeError, UserError
+from expunge.report.certificate import text
 from expunge.service import events, ledger, requests
 from expunge.service.auth import TokenAuth
 from expunge.service.bodies import (
@@ -37,6 +38,7 @@ from expunge.service.errors import NotFound
 from expunge.service.limits import BodyLimit, RateLimit
 from expunge.service.logs import logger
 from expunge.service.metrics import Measured, Metrics
+from expunge.service.policy import NAME
 from expunge.service.service import Service
 from expunge.service.serving import Serving
 
@@ -127,7 +129,7 @@ def _requests(app: FastAPI, service: Service) -> None:
 
     @app.get("/requests", response_model=list[RequestOut], tags=["requests"])
     def listed(
-        model: Annotated[str | None, Query(max_length=64)] = None,
+        model: Annotated[str | None, Query(pattern=f"^{NAME}$")] = None,
         state: State | None = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         before: Annotated[str | None, Query(pattern=IDENTIFIER, description="older than this one")] = None,
@@ -191,9 +193,10 @@ def _documents(app: FastAPI, service: Service) -> None:
         """The signed certificate of a released request."""
         row, signed = _certificate(service, identifier)
         name = f"certificate-{row['id']}.json"
-        return JSONResponse(
-            signed, headers={"Content-Disposition": f'attachment; filename="{name}"'}
-        )
+        return Response(  # byte for byte the file that is verified
+            text(signed), media_type="application/json",
+            headers={"Content-Disposition": f'attachment; filename="{name}"'},
+        )  # fmt: skip
 
     @app.get("/ledger", tags=["evidence"], response_class=FileResponse,
              responses={200: {"description": "JSON lines, for expunge ledger verify", "content": {"application/jsonl": {}}}})  # fmt: skip
@@ -201,7 +204,11 @@ def _documents(app: FastAPI, service: Service) -> None:
         """The whole ledger, verifiable offline."""
         with tempfile.NamedTemporaryFile(delete=False, suffix=".jsonl") as file:
             path = File(file.name)
-        ledger.export(service.database.engine, path, sign=service.key(), force=True)
+        try:
+            ledger.export(service.database.engine, path, sign=service.key(), force=True)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         return FileResponse(
             path, media_type="application/jsonl", filename="ledger.jsonl",
             background=BackgroundTask(path.unlink, missing_ok=True),
@@ -258,5 +265,5 @@ def _health(app: FastAPI, service: Service, metrics: Metrics) -> None:
              responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})  # fmt: skip
     def scrape() -> Response:
         """Prometheus metrics."""
-        text, kind = metrics.text()
-        return Response(text, media_type=kind)
+        exposed, kind = metrics.text()
+        return Response(exposed, media_type=kind)

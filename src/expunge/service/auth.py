@@ -6,8 +6,10 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import re
 import stat
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -18,6 +20,8 @@ from expunge.core.errors import UserError
 TOKEN = "EXPUNGE_TOKEN"
 """Environment variable with the token."""
 SHORTEST = 16
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+"""What proxies add: whoever called them may be anywhere, though they call from this machine."""
 OPEN = frozenset({"/health", "/ready"})
 """Paths that say nothing about anybody."""
 
@@ -94,17 +98,24 @@ class TokenAuth:
             known = hmac.compare_digest(_digest(given.strip()), self._digest)
             return None if known and kind.lower() == "bearer" else _unauthorised()
         client = scope.get("client")
-        if client is None or not is_loopback(client[0]):
+        if client is None or not is_loopback(client[0]) or any(h in headers for h in FORWARDED):
             return _unauthorised()
         # a page in a browser of this machine must not speak to us under a name of its own
-        host = headers.get("host", "").rpartition("]")
-        name = host[0] + host[1] if host[1] else headers.get("host", "").partition(":")[0]
-        origin = headers.get("origin", "")
-        if name and not is_loopback(name):
+        host, origin = headers.get("host", ""), headers.get("origin", "")
+        if host and not is_loopback(_name("//" + host)):
             return _answer(403, "without a token only addresses of this machine are served")
-        if origin and not is_loopback(origin.partition("://")[2].rpartition(":")[0] or origin.partition("://")[2]):  # fmt: skip
+        if origin and not is_loopback(_name(origin)):
             return _answer(403, "pages of other addresses may not call this service")
         return None
+
+
+def _name(address: str) -> str:
+    """The host in an address; empty if it cannot be read."""
+    try:
+        found = re.fullmatch(r"(\[[^\]]*\]|[^][:@]*)(:[0-9]*)?", urlsplit(address).netloc)
+    except ValueError:
+        return ""
+    return "" if found is None else found[1]
 
 
 def _digest(token: str) -> bytes:

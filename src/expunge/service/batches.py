@@ -219,6 +219,21 @@ def ids_by_request(connection: sa.Connection, identifiers: Sequence[str]) -> dic
     return {row.request: list(row.ids) for row in connection.execute(query)}
 
 
+def open_batches(connection: sa.Connection, model: str) -> list[str]:
+    """Batches of a model that have not ended; what they have written may still be released."""
+    query = sa.select(batches.c.id).where(
+        batches.c.model == model, batches.c.state.in_(("waiting", "running"))
+    )
+    return list(connection.execute(query).scalars())
+
+
+def state_of(connection: sa.Connection, batch: str) -> str:
+    """State of a batch."""
+    return str(
+        connection.execute(sa.select(batches.c.state).where(batches.c.id == batch)).scalar_one()
+    )
+
+
 def kept_folders(connection: sa.Connection, model: str, count: int) -> list[str]:
     """Folders of the newest versions of a model."""
     query = (

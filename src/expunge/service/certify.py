@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from expunge.service.service import Service
 
 NOT_TESTED = ("No audit was run on this result.",)
+EARLIER = (
+    "No audit was run for this request: its records had been left out before it came; what was done and "
+    "measured then stands with the earlier request.",
+)
 
 
 def signing_key(folder: Path) -> Key:
@@ -55,6 +59,8 @@ def certificates(
     record: Mapping[str, Any],
     folder: Path | None,
     predecessor: Row | None,
+    *,
+    earlier: bool = False,
 ) -> dict[str, Json]:
     """Sign a certificate for each request that a deletion answered.
 
@@ -65,6 +71,8 @@ def certificates(
         record: of the deletion.
         folder: of the released version; None for the model as it was trained.
         predecessor: the version before; None for the model as it was trained.
+        earlier: an earlier deletion covered the samples, and nothing was done for these requests. What
+            the record says of steps and audits is about the samples of others then.
 
     Returns:
         Envelopes by request.
@@ -72,7 +80,8 @@ def certificates(
     if not covered:
         return {}
     key = signing_key(service.keys)
-    common = evidence(model, record, folder, predecessor)
+    common = evidence(model, about_others(record) if earlier else record, folder, predecessor)
+    alone = len(covered) == 1
 
     def read(connection: sa.Connection) -> tuple[ledger.Head, dict[str, tuple[Any, str | None]]]:
         query = sa.select(requests.c.id, requests.c.form, requests.c.created).where(
@@ -91,12 +100,37 @@ def certificates(
             common,
             request={
                 "id": identifier, "form": row.form, "records": len(ids), "received": row.created,
+                **({"earlier": True} if earlier else {}),
             },
+            untested=[*common.untested, *shared(record, len(ids), alone, common)],
             commitments=ledger.commitments(salt, ids) if salt else [],
             ledger=vars(end),
         )  # fmt: skip
         made[identifier] = issue(one, key)
     return made
+
+
+def about_others(record: Mapping[str, Any]) -> Json:
+    """What a record supports about samples that it was not made for: the weights and their class."""
+    exact, weights = record.get("exact"), record["weights"]
+    nothing = {"switched_off": [], "died": [], "retrained": [], "collateral": None}
+    return {
+        **record,
+        "weights_before": weights, "findings": [], "verdict": None, "references": [],
+        "untested": EARLIER,
+        "exact": None if exact is None else {**exact, **nothing, "before": weights},
+    }  # fmt: skip
+
+
+def shared(record: Mapping[str, Any], records: int, alone: bool, common: Evidence) -> list[str]:
+    """A sentence where audits looked at more, or other, records than those of a request."""
+    looked = record.get("samples", records)
+    if not common.findings or (alone and looked == records):
+        return []
+    return [
+        f"This request's records by themselves: the audits looked at {looked} at once, those of all "
+        "requests that were carried out together."
+    ]
 
 
 def evidence(

@@ -36,8 +36,8 @@ from expunge.service.ledger_tables import ZERO, create, heads, metadata, rows, s
 
 __all__ = [
     "ZERO", "Entry", "Head", "append", "checkpoint", "commitment", "commitments", "create",
-    "entries", "export", "head", "keep", "kept", "locate", "metadata", "open_engine", "purge",
-    "record", "salt_of", "scrub", "verify",
+    "entries", "export", "head", "keep", "kept", "locate", "metadata", "open_engine", "promised",
+    "purge", "record", "salt_of", "scrub", "verify",
 ]  # fmt: skip
 
 PREFIX = b"expunge-ledger-v1\n"
@@ -242,6 +242,14 @@ def kept(connection: sa.Connection, request: str) -> Any:
     """The selectors of a request; None if they were purged or never kept."""
     text = connection.scalar(sa.select(selectors.c.selectors).where(selectors.c.request == request))
     return None if text is None else json.loads(text)
+
+
+def promised(connection: sa.Connection, request: str) -> str | None:
+    """The commitment to a request's selectors that its first entry holds; it outlives them."""
+    text = connection.scalar(
+        sa.select(rows.c.body).where(rows.c.request == request).order_by(rows.c.seq).limit(1)
+    )
+    return None if text is None else json.loads(text).get("selectors")
 
 
 def salt_of(connection: sa.Connection, request: str) -> str | None:

@@ -34,7 +34,12 @@ READY = sa.or_(
     sa.and_(requests.c.state == states.PLANNED, requests.c.hold.is_(False)),
 )
 """Requests that a batch may claim."""
+<<<<<<< HEAD
 _ONE = sa.select(requests).where(requests.c.id == sa.bindparam("id"))
+=======
+LENGTH = 26
+"""Characters of an identifier."""
+>>>>>>> 72455b1df807197eb8a8343f919b6fe4e85213b2
 LONGEST_SELECTOR = 200_000
 """Characters of a request as JSON."""
 
@@ -74,12 +79,15 @@ def submit(
     ).mappings().first()  # fmt: skip
     asked = plain({k: v for k, v in request.to_dict().items() if k not in ("time", "reason")})
     if found is not None:
-        kept = ledger.kept(connection, found["id"])
-        if found["model"] != model or (kept is not None and kept != asked):
+        if found["model"] != model or not _same(connection, found["id"], asked):
             raise Reused("this idempotency key was used for another request; take a new one")
         return dict(found), False
     if len(json.dumps(asked)) > LONGEST_SELECTOR:
         raise RequestError("the request names too much; split it")
+    if any(abs(int(label)) > ledger.EXACT for label in request.label or ()):
+        raise RequestError("no class has a number of that size")
+    if "\0" in request.reason:
+        raise RequestError("the reason holds a character that is no text")
     time = now()
     row: dict[str, Any] = {
         "id": identifier, "model": model, "state": states.RECEIVED, "attempt": 1, "key": key,
@@ -101,12 +109,21 @@ def submit(
     return row, True
 
 
+def _same(connection: sa.Connection, identifier: str, asked: Mapping[str, Any]) -> bool:
+    """Whether a request asked for this; told by its commitment, as what it named may be deleted."""
+    salt, promised = ledger.salt_of(connection, identifier), ledger.promised(connection, identifier)
+    if salt is None or promised is None:  # nobody can tell any more; rather ask than lose one
+        return False
+    return ledger.commitment(salt, ledger.canonical(asked).decode()) == promised
+
+
 def move(
     connection: sa.Connection,
     identifiers: str | Iterable[str],
     before: str | Collection[str],
     after: str,
     note: Mapping[str, Any] | None = None,
+    aside: Mapping[str, Any] | None = None,
     **values: Any,
 ) -> list[str]:
     """Move requests to another state; those that are not in `before` stay as they are.
@@ -116,7 +133,8 @@ def move(
         identifiers: one or several requests.
         before: the state, or states, they have to be in.
         after: the state they enter.
-        note: what is worth telling, for history and ledger; no ids of records.
+        note: what is worth telling, for history and ledger; no ids of records, no words of people.
+        aside: words of people, for the history alone: nothing can be taken out of the ledger.
         **values: further columns to set.
 
     Returns:
@@ -155,7 +173,13 @@ def move(
     connection.execute(
         sa.insert(history),
         [
-            {"request": one, "number": last[one] + 1, "state": after, "time": time, "note": text}
+            {
+                "request": one,
+                "number": last[one] + 1,
+                "state": after,
+                "time": time,
+                "note": {**text, **(aside or {})},
+            }
             for one in moved
         ],
     )
@@ -181,7 +205,7 @@ def get(connection: sa.Connection, prefix: str) -> Row:
     Raises:
         NotFound: there is none, or there are several.
     """
-    if not prefix.isalnum() or len(prefix) > 26:
+    if not prefix.isalnum() or len(prefix) > LENGTH:
         raise NotFound(f"{prefix[:40]!r} is no identifier of a request")
     if len(prefix) == 26:  # clients ask for states often
         row = connection.execute(_ONE, {"id": prefix.lower()}).mappings().first()
@@ -190,7 +214,9 @@ def get(connection: sa.Connection, prefix: str) -> Row:
     found = (
         connection.execute(
             sa.select(requests).where(
-                requests.c.id >= prefix.lower(), requests.c.id < prefix.lower() + "{"
+                # no comparison of order: that is the database's, and depends on its language
+                requests.c.id == prefix.lower() if len(prefix) == LENGTH
+                else requests.c.id.startswith(prefix.lower(), autoescape=True)
             ).limit(2)
         ).mappings().all()
     )  # fmt: skip
@@ -282,7 +308,8 @@ def cancel(connection: sa.Connection, identifier: str, why: str = "") -> Row:
         Conflict: it is being carried out, or has ended.
     """
     row = get(connection, identifier)
-    move(connection, row["id"], states.CANCELLABLE, states.CANCELLED, {"why": why} if why else {})
+    said = {"why": why} if why else {}
+    move(connection, row["id"], states.CANCELLABLE, states.CANCELLED, aside=said)
     row = get(connection, row["id"])
     if row["state"] != states.CANCELLED:
         raise Conflict(f"request {row['id']} is {row['state']} and cannot be cancelled any more")

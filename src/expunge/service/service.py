@@ -137,10 +137,17 @@ class Service:
         """Write a request down and start its workflow; see `requests.submit`."""
         self.policy.model(model)
         identifier = new_id()
-        return self.database.write(
-            lambda c: requests.submit(c, identifier, model, request, self.enqueue, key=key),
-            patience=patience,
-        )
+
+        def write() -> tuple[Row, bool]:
+            return self.database.write(
+                lambda c: requests.submit(c, identifier, model, request, self.enqueue, key=key),
+                patience=patience,
+            )
+
+        try:
+            return write()
+        except sa.exc.IntegrityError:  # somebody used the key between our look and our row
+            return write()
 
     def get(self, identifier: str) -> Row:
         """Read one request, by its identifier or a unique beginning."""

@@ -109,8 +109,9 @@ class ShardedDeleter:
             "link": LINK, "seconds": time.perf_counter() - began, "deletion_seconds": done.seconds,
             "exact": {
                 "switched_off": off, "manifest": status.manifest, "before": done.weights_before,
-                "after": status.weights, "died": list(plan.dies), "retrained": retrained,
-                "collateral": plan.collateral,
+                "after": status.weights, "retrained": retrained,
+                "died": [shard for shard in plan.dies if shard not in retrained],
+                "collateral": status.collateral,
             } if self.evidence == "exact" else None,
             "remaining": status.remaining, "packages": package_versions(),
         }  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 import sqlalchemy as sa
 
 from expunge.core.errors import ExpungeError, RequestError
 from expunge.core.request import Request
 from expunge.report.verdict import row_verdict
 from expunge.service import batches, requests, states, versions
-from expunge.service.certify import certificates, first_fingerprint
+from expunge.service.certify import about_others, certificates, first_fingerprint
 from expunge.service.deleter import Json, Resolved
 from expunge.service.service import Service
 from expunge.service.tables import samples
@@ -50,7 +53,7 @@ def resolve(service: Service, identifier: str) -> bool:
         record = dict(current["record"]) if current is not None else _untouched(service, row)
         folder, before = service.current_folder(current), _before(service, current)
         covered = {identifier: list(found.already)}
-        signed = certificates(service, row["model"], covered, record, folder, before)
+        signed = certificates(service, row["model"], covered, record, folder, before, earlier=True)
 
     def write(connection: sa.Connection) -> None:
         if not requests.move(
@@ -58,7 +61,9 @@ def resolve(service: Service, identifier: str) -> bool:
         ):
             return
         if found.ids:
-            connection.execute(sa.insert(samples), {"request": identifier, "ids": list(found.ids)})
+            # those deleted before too: the certificate commits to all that it covers
+            every = sorted({*found.ids, *found.already})
+            connection.execute(sa.insert(samples), {"request": identifier, "ids": every})
             return
         result = {"outcome": "already-deleted", "version": current["version"] if current else 0}
         requests.move(
@@ -105,12 +110,23 @@ def in_vain(found: Resolved) -> str:
 
 def without_selector(text: str, asked: Request) -> str:
     """A sentence without what a request names; it goes where nothing personal may go."""
-    values = [repr(asked.where), asked.where]
-    values += [str(v) for v in (*(asked.ids or ()), *(asked.texts or ()), *(asked.user or ()))]
-    for value in sorted((v for v in values if v), key=len, reverse=True):
+    named = [str(v) for v in (*(asked.ids or ()), *(asked.texts or ()), *(asked.user or ()))]
+    if (
+        asked.where is not None
+    ):  # names of columns are quoted from it too, and anything may stand there
+        words = re.findall(r"[^\W_][\w.@+-]*", asked.where)
+        named += [asked.where, *(w for w in words if w not in ("and", "or", "not", "in", "id", "label", "y"))]  # fmt: skip
+    for value in sorted({v for v in named if v}, key=len, reverse=True):
+        text = text.replace(repr(value), "…")
         if len(value) > 2:
-            text = text.replace(value, "…")
+            text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "…", text)
     return text
+
+
+def without_samples(text: str, ids: Iterable[int]) -> str:
+    """A sentence of somebody else's error without the numbers of samples."""
+    named = {str(i) for i in ids}
+    return re.sub(r"\d+", lambda found: "…" if found[0] in named else found[0], text)
 
 
 def plan(service: Service, identifier: str) -> bool:
@@ -120,9 +136,10 @@ def plan(service: Service, identifier: str) -> bool:
         return False
     name, model = row["model"], service.policy.model(row["model"])
     ids = service.database.read(lambda c: batches.ids_of(c, [identifier]))
-    folder = service.current_folder(service.current(name))
-    priced = service.deleter(name).plan(ids, folder)
-    hold = model.holds(len(ids))
+    folder, deleter = service.current_folder(service.current(name)), service.deleter(name)
+    new = deleter.resolve(Request(ids=tuple(ids)), folder).ids
+    priced = deleter.plan(new, folder)
+    hold = model.holds(row["count"])
 
     def write(connection: sa.Connection) -> None:
         requests.lock_model(connection, name)
@@ -140,6 +157,10 @@ def plan(service: Service, identifier: str) -> bool:
 def fail_request(service: Service, identifier: str, why: str) -> None:
     """End a request that could not be planned."""
     before = (states.RECEIVED, states.RESOLVED)
+    if service.get(identifier)["state"] in before:
+        asked = service.database.read(lambda c: requests.selector_of(c, identifier))
+        ids = service.database.read(lambda c: batches.ids_of(c, [identifier]))
+        why = without_samples(without_selector(why, asked), ids)
     service.database.write(
         lambda c: requests.move(c, identifier, before, states.FAILED, {"why": why}, error=why)
     )
@@ -198,15 +219,17 @@ def audit(service: Service, batch: str, how: str) -> Json:
     name, _, ids = service.database.read(lambda c: batches.contents(c, batch))
     model, version = service.policy.model(name), service.versions(name) / f"{batch}-{how}"
     made = versions.read(version)
-    if made is None:  # nothing was left to delete
+    deleter, before = service.deleter(name), service.current_folder(service.current(name))
+    # a batch may hold samples that were deleted before it began
+    asked = deleter.resolve(Request(ids=tuple(ids)), before)
+    if made is None:
+        if asked.ids:  # no audit can pass on what is not there
+            raise ExpungeError(f"the version {version.name} is not there any more")
         return {"findings": [], "broken": [], "more": {}, "verdict": None, "escalate": False}
-    deleter = service.deleter(name)
     wrong = deleter.verify(version)
     if wrong:
         raise ExpungeError(f"what was written is not whole: {wrong[0]}")
-    before = service.current_folder(service.current(name))
-    # a batch may hold samples that were deleted before it began
-    gone = set(deleter.resolve(Request(ids=tuple(ids)), before).already)
+    gone = set(asked.already)
     findings, more = deleter.audit([i for i in ids if i not in gone], before, version, how)
     exact = how == "retrain" and made["evidence"] == "exact"
     return {
@@ -253,11 +276,15 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
     }
     current = service.current(name)
     folder = None if made["folder"] is None else service.versions(name) / made["folder"]
+    ended = service.database.read(lambda c: batches.state_of(c, batch)) == "done"
+    if folder is not None and not ended and versions.read(folder) is None:
+        raise ExpungeError(f"the version {folder.name} is not there any more")
     before = current
-    if folder is None and current is not None:  # others deleted it meanwhile
-        record = {**current["record"], "batch": batch}
+    earlier = folder is None and current is not None
+    if earlier:  # others deleted it meanwhile
+        record = {**about_others(current["record"]), "batch": batch}
         folder, before = service.current_folder(current), _before(service, current)
-    signed = certificates(service, name, covered, record, folder, before)
+    signed = certificates(service, name, covered, record, folder, before, earlier=earlier)
     record["certificate"] = first_fingerprint(signed)
 
     def write(connection: sa.Connection) -> bool:
@@ -273,12 +300,16 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
 def clean(service: Service, batch: str) -> list[str]:
     """Remove superseded versions, which still hold what was deleted since."""
     name, _, _ = service.database.read(lambda c: batches.contents(c, batch))
-    keep = service.database.read(
-        lambda c: batches.kept_folders(c, name, service.policy.model(name).keep_versions + 1)
-    )
+    count = service.policy.model(name).keep_versions + 1
+
+    def keep(connection: sa.Connection) -> list[str]:
+        going_on = batches.open_batches(connection, name)
+        made = [f"{one}-{how}" for one in going_on for how in ("policy", "retrain")]
+        return [*batches.kept_folders(connection, name, count), *made]
+
     if (folder := service.current_folder(service.current(name))) is not None:
         service.deleter(name).retire(folder)
-    return versions.clean(service.versions(name), keep)
+    return versions.clean(service.versions(name), lambda: service.database.read(keep))
 
 
 def reject(service: Service, batch: str, found: Json) -> None:
@@ -296,7 +327,8 @@ def reject(service: Service, batch: str, found: Json) -> None:
 
 def give_back(service: Service, batch: str, why: str) -> str:
     """After a failure: several requests are carried out again one by one, a single one has failed."""
-    name, held, _ = service.database.read(lambda c: batches.contents(c, batch))
+    name, held, ids = service.database.read(lambda c: batches.contents(c, batch))
+    why = without_samples(why, ids)
 
     def write(connection: sa.Connection) -> str:
         if len(held) > 1:

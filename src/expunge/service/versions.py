@@ -69,17 +69,26 @@ def read(version: Path) -> dict[str, Any] | None:
         return None
 
 
-def clean(parent: Path, keep: Collection[str]) -> list[str]:
+def clean(parent: Path, keep: Callable[[], Collection[str]]) -> list[str]:
     """Remove all versions but some: superseded weights still hold what was deleted since.
 
-    Drafts that a killed process left go too; a model is changed by one batch at a time.
+    Drafts of them that a killed process left go too. What appears while this runs is left alone: `keep`
+    is asked after the folder was read, so that a process that stood still harms nobody's new version.
+
+    Args:
+        parent: folder of the versions of a model.
+        keep: names those to keep, with their drafts.
 
     Returns:
         Names of what was removed.
     """
+    there = [p for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+    wanted = frozenset(keep())
     gone = []
-    for folder in parent.iterdir() if parent.is_dir() else ():
-        if folder.is_dir() and folder.name not in keep:
+    for folder in there:
+        draft = folder.name.startswith(".")
+        name = folder.name[1:].rpartition(".")[0] if draft else folder.name
+        if name not in wanted:
             shutil.rmtree(folder, ignore_errors=True)
             gone.append(folder.name)
     return sorted(gone)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dbos import DBOS
 
-from expunge.core.errors import ExpungeError, UserError
+from expunge.core.errors import ExpungeError, StoreError, UserError
 from expunge.service import steps
 from expunge.service.logs import logger
 from expunge.service.requests import BATCH_FLOW, REQUEST_FLOW
@@ -43,7 +43,10 @@ def _step(name: str, retries: int, work: Callable[..., Any], *arguments: Any) ->
         "max_attempts": retries + 1,
         "interval_seconds": 0.5,
         "backoff_rate": 2.0,
-        "should_retry": lambda error: not isinstance(error, UserError),
+        # a version may be superseded, and gone, while it is read
+        "should_retry": lambda error: (
+            not isinstance(error, UserError) or isinstance(error, StoreError)
+        ),
     }
     try:
         return DBOS.run_step(options, work, _service(), *arguments)

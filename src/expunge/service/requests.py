@@ -34,12 +34,9 @@ READY = sa.or_(
     sa.and_(requests.c.state == states.PLANNED, requests.c.hold.is_(False)),
 )
 """Requests that a batch may claim."""
-<<<<<<< HEAD
 _ONE = sa.select(requests).where(requests.c.id == sa.bindparam("id"))
-=======
 LENGTH = 26
 """Characters of an identifier."""
->>>>>>> 72455b1df807197eb8a8343f919b6fe4e85213b2
 LONGEST_SELECTOR = 200_000
 """Characters of a request as JSON."""
 

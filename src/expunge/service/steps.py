@@ -281,7 +281,7 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
         raise ExpungeError(f"the version {folder.name} is not there any more")
     before = current
     earlier = folder is None and current is not None
-    if earlier:  # others deleted it meanwhile
+    if current is not None and earlier:  # others deleted it meanwhile
         record = {**about_others(current["record"]), "batch": batch}
         folder, before = service.current_folder(current), _before(service, current)
     signed = certificates(service, name, covered, record, folder, before, earlier=earlier)

@@ -531,3 +531,59 @@ def test_a_state_that_is_replaced_while_it_is_read_is_read_again(sharded, monkey
     monkeypatch.undo()
     other.forget(ids[0])  # and a plan knows what others have deleted
     assert sharded.plan(ids[:2]).already == (ids[0],)
+
+
+# --- what users bring ------------------------------------------------------------------------------
+
+
+def test_models_that_adapters_cannot_serve_are_refused_in_a_sentence(tmp_path):
+    def refused(words, model, roles=None, **how):
+        made = xp.Classification(model, small_data(), roles=roles or {"last layer": ["head"]})
+        with pytest.raises(SettingError, match=words):
+            train(tmp_path, made, shards=1, slices=1, orders=1, **how)
+
+    refused("no module 'hed'", Blocky(), {"last layer": ["hed"]}, blocks="all")
+    tied = Blocky(classes=8)
+    tied.head.weight, tied.head.bias = tied.blocks[0].weight, tied.blocks[0].bias
+    refused("no weights of its own", tied, blocks="all")
+    pruned = Blocky()
+    xp.core.pruned.keep_only(pruned, {"stem.weight": torch.rand(8, 5) > 0.5})
+    refused("would fill its zeros", pruned, adapter="lora(2)", blocks="all")
+    plain = small_data().fetch(small_data().ids)
+    regression = xp.Regression(Blocky(classes=1), (plain.x, plain.x[:, 0]))
+    with pytest.raises(SettingError, match="no probabilities"):
+        train(tmp_path, regression, shards=1, slices=1, orders=1, aggregate="probabilities")
+
+
+def test_a_layer_whose_weight_is_computed_is_passed_over(tmp_path):
+    model = Blocky()
+    model.blocks[1] = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(8, 8))
+    how = {"shards": 1, "slices": 1, "orders": 1, "blocks": "all"}
+    sharded = train(tmp_path, problem_of(model=model), **how)
+    assert "blocks.1" not in sharded._slots.modules[0] and "blocks.0" in sharded._slots.modules[0]
+    assert sharded.predict(X[:0]).shape == (0, 3)
+
+
+def test_retraining_without_the_data_it_needs_says_so(tmp_path):
+    how = {"shards": 1, "slices": 2, "orders": 1, "data": "own"}
+    sharded = train(tmp_path, **how)
+    data, mine = small_data(), of(sharded, 0, 1)
+    sharded.forget(mine[:-1])
+    part = data.only(torch.tensor(of(sharded, 0, 0)))
+    with pytest.raises(xp.core.errors.DataError, match="lacks 1 samples"):
+        xp.Sharded.load(tmp_path, problem_of(part)).retrain([0])
+    sharded.forget(mine)
+    with pytest.raises(xp.core.errors.DataError, match="slice 1 of shard 0 has no samples"):
+        sharded.retrain([0], keep_slices=True)
+    assert xp.Sharded.load(tmp_path, problem_of(part)).retrain([0]).served == ((0, 1),)
+
+
+def test_a_score_that_json_cannot_hold_is_the_worst(trained):
+    from expunge.exact.manifest import state_of
+
+    manifest = json.loads(json.dumps(trained.manifest))
+    for stage in manifest["shards"][0]["stages"]:
+        stage["score"] = [0.5, None if stage["prefix"][0] == 0 else -1.0]
+    nothing = np.zeros(48, dtype=bool)
+    state = state_of(manifest, trained._now.index, nothing)
+    assert state[0].served[0] != 0 and len(state[0].served) == 3

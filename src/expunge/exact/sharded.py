@@ -301,7 +301,7 @@ class Sharded:
         model = self.module()
         size = len(x if isinstance(x, Tensor) else next(iter(x.values())))
         outputs = []
-        for start in range(0, size, batch_size):
+        for start in range(0, max(size, 1), batch_size):
             part = map_inputs(x, lambda t: t[start : start + batch_size])  # noqa: B023
             outputs.append(model(part) if isinstance(x, Tensor) else model(**part))
         return torch.cat(outputs)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from expunge.core.errors import DataError
 from expunge.core.hashing import content_key
 from expunge.core.problem import Problem
 from expunge.core.runtime import Runtime
@@ -88,6 +89,9 @@ class Trainer:
 
         Returns:
             Its entry in the manifest.
+
+        Raises:
+            DataError: a stage would learn nothing, since all its samples are deleted.
         """
         sequences = self._settings.chosen()
         members = [index.members(number, j, deleted) for j in range(self._settings.slices)]
@@ -104,6 +108,10 @@ class Trainer:
         for prefix in prefixes(sequences):
             saw = prefix if self._settings.data == "cumulative" else prefix[-1:]
             ids = torch.cat([members[j] for j in saw])
+            if not len(ids):
+                raise DataError(
+                    f"slice {prefix[-1]} of shard {number} has no samples left; retrain it with new slices"
+                )
             parent = stages[prefix[:-1]]["tensors"] if len(prefix) > 1 else None
             seed = self._root.seed_for("exact", number, generation, *prefix)
             commits = [pieces[j]["data"] for j in saw]

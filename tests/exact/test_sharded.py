@@ -430,6 +430,22 @@ def test_validation_samples_must_not_be_training_samples(tmp_path):
     assert not found.exact and "validation" in found.manifest["exactness"]["breaks"]
 
 
+def test_validation_data_of_a_later_problem_are_looked_at_too(tmp_path, sharded, monkeypatch):
+    data = small_data()
+    among = problem_of(data, valid=data.only(data.ids[:5]))
+    kill(sharded, 0)
+    with pytest.raises(NeedsError, match="validation"):
+        xp.Sharded.load(sharded.folder, among).retrain()
+    # nor do scores of an interrupted training, which were taken on training samples, live on
+    how = {"shards": 1, "slices": 2, "orders": 2}
+    with monkeypatch.context() as patch, contextlib.suppress(Stop):
+        stopped_after(patch, 2)
+        train(tmp_path / "v", among, accept=["validation"], **how)
+    resumed = train(tmp_path / "v", **how)
+    clean = train(tmp_path / "w", **how)
+    assert resumed.exact and resumed._now.state[0].scores == clean._now.state[0].scores
+
+
 def test_copies_in_other_slices_are_warned_of(tmp_path):
     x = torch.randn(1, 5).expand(12, 5).clone()
     problem = xp.Classification(Blocky(), (x, torch.zeros(12).long()))

@@ -59,6 +59,7 @@ class Trainer:
             samples,
         )
         self._root = Runtime(seed=seed)
+        self._valid = None if problem.valid is None else problem.valid.fingerprint()
         self._common = [
             settings.of_stage(), slots.to_dict(), base_hash, problem.kind, seed, versions(),
             runtime.device, runtime.precision, problem.fingerprint()["functions"],
@@ -116,7 +117,8 @@ class Trainer:
             seed = self._root.seed_for("exact", number, generation, *prefix)
             commits = [pieces[j]["data"] for j in saw]
             key = content_key([self._common, seed, prefix, commits, parent])
-            found = known.get(key) or self._folder.noted(key)
+            noted = content_key([key, self._valid])  # with another score it is another's
+            found = known.get(key) or self._folder.noted(noted)
             if found is None:
                 whole = self._settings.adapter == WHOLE
                 names = [prefix[:k] for k in range(len(prefix) - 1 if whole else 1, len(prefix))]
@@ -133,7 +135,7 @@ class Trainer:
                     "seed": seed, "saw": [pieces[j]["ids"] for j in saw], "samples": len(ids),
                     "seconds": seconds, "score": score(self._problem, model), "carries": CARRIES,
                 }  # fmt: skip
-                self._folder.note(key, found)
+                self._folder.note(noted, found)
                 if self._runtime.checkpoint is not None:  # a copy that no deletion would erase
                     (self._runtime.checkpoint / f"{name}.pt").unlink(missing_ok=True)
             stages[prefix] = dict(found)

@@ -15,7 +15,7 @@ from expunge.core.problem import Problem
 from expunge.core.runtime import Budget, Runtime
 from expunge.exact import manifest as manifests
 from expunge.exact.folder import BEGAN, Folder
-from expunge.exact.hazards import inspect
+from expunge.exact.hazards import inspect, inspect_again
 from expunge.exact.index import Index, digests
 from expunge.exact.now import Now
 from expunge.exact.settings import Settings
@@ -104,6 +104,7 @@ def train_again(
     Raises:
         SettingError: there is no such shard.
         DataError: the data lacks samples of it, or a shard has fewer samples left than slices.
+        NeedsError: validation data are training data too.
     """
     how, slots = Settings.create(now.manifest["settings"]), Slots.read(now.manifest["slots"])
     if not set(shards) <= set(range(how.shards)):
@@ -116,6 +117,8 @@ def train_again(
             f"the problem's data lacks {len(absent)} samples that are not deleted, such as {absent[0]}; "
             "forget them first, or load the model with all of its data"
         )
+    held_out = set() if problem.valid is None else set(digests(problem.valid).values())
+    inspect_again(now.manifest["exactness"]["breaks"], samples, held_out)
     known = {
         stage["key"]: stage
         for s, prefix, stage in manifests.stages(now.manifest)

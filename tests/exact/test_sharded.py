@@ -49,9 +49,9 @@ def test_deleting_serves_what_never_saw_the_sample(sharded):
 
 
 def test_s3t_invariant_3_other_shards_are_untouched(sharded):
-    members = sharded.module().members
+    members = sharded._ensemble().members
     sharded.forget(of(sharded, 0, 0)[0])
-    after = sharded.module().members
+    after = sharded._ensemble().members
     assert after[1] is members[1] and after[0] is not members[0]
     assert all(torch.equal(a, b) for a, b in zip(members[1].parameters(), after[1].parameters(), strict=True))  # fmt: skip
 
@@ -136,6 +136,15 @@ def test_predictions_under_way_finish_on_the_old_weights(sharded):
     wanted = old(X)
     sharded.forget(of(sharded, 0, 0)[0])
     assert torch.equal(old(X), wanted) and not torch.equal(sharded.module()(X), wanted)
+
+
+def test_what_is_done_to_a_module_is_not_done_to_the_model(sharded):
+    wanted, first, other = sharded.predict(X), sharded.module(), sharded.module()
+    first.half()
+    assert torch.equal(sharded.predict(X), wanted) and torch.equal(other(X), wanted)
+    assert sharded.verify() == [] and first(X.half()).dtype == torch.half
+    used, base = sharded._ensemble().members[0].stem.weight, sharded._base.stem.weight
+    assert other.members[0].stem.weight.data_ptr() == used.data_ptr() == base.data_ptr()  # no copy
 
 
 def test_mean_of_logits_or_of_probabilities(sharded, tmp_path):

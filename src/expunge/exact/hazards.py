@@ -124,7 +124,9 @@ def inspect_again(
 
 
 def _refused(name: str, way_out: str) -> NeedsError:
-    return NeedsError(f"deletion would not be exact because of the {name}: {_WORDS[name]}; {way_out}")
+    return NeedsError(
+        f"deletion would not be exact because of the {name}: {_WORDS[name]}; {way_out}"
+    )
 
 
 def _warnings(

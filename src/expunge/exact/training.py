@@ -149,7 +149,7 @@ def _start(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """What training starts from, and what the manifest says of it."""
     if how.start == "model":
-        base = copy.deepcopy(problem.model)
+        base = copy.deepcopy(problem.model).cpu()
         return base, {"start": "model", "hash": hash_model(base), "stored": None}
     base = problem.fresh(Runtime(seed=seed).seed_for("start"))
     tensors, file = folder.put(base.state_dict())

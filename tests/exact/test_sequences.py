@@ -179,3 +179,9 @@ def test_survival_is_that_of_draws(first):
     alive = np.array([(~(draws == j).any(1)) for j in range(first)]).any(0).mean()
     error = math.sqrt(max(alive * (1 - alive), 1e-4) / 20000)
     assert abs(lifetime.survival(12, first, 15) - alive) <= 4 * error
+
+
+def test_survival_does_not_cancel_away_with_many_slices():
+    assert lifetime.survival(60, 60, 0) == lifetime.survival(200, 100, 10) == 1.0
+    assert lifetime.survival(60, 60, 59) == 1.0 > lifetime.survival(60, 60, 300) > 0.2
+    assert 0 < lifetime.survival(60, 60, 900) < 1e-4

@@ -49,9 +49,9 @@ def test_deleting_serves_what_never_saw_the_sample(sharded):
 
 
 def test_s3t_invariant_3_other_shards_are_untouched(sharded):
-    members = sharded.module().members
+    members = sharded._ensemble().members
     sharded.forget(of(sharded, 0, 0)[0])
-    after = sharded.module().members
+    after = sharded._ensemble().members
     assert after[1] is members[1] and after[0] is not members[0]
     assert all(torch.equal(a, b) for a, b in zip(members[1].parameters(), after[1].parameters(), strict=True))  # fmt: skip
 
@@ -136,6 +136,15 @@ def test_predictions_under_way_finish_on_the_old_weights(sharded):
     wanted = old(X)
     sharded.forget(of(sharded, 0, 0)[0])
     assert torch.equal(old(X), wanted) and not torch.equal(sharded.module()(X), wanted)
+
+
+def test_what_is_done_to_a_module_is_not_done_to_the_model(sharded):
+    wanted, first, other = sharded.predict(X), sharded.module(), sharded.module()
+    first.half()
+    assert torch.equal(sharded.predict(X), wanted) and torch.equal(other(X), wanted)
+    assert sharded.verify() == [] and first(X.half()).dtype == torch.half
+    used, base = sharded._ensemble().members[0].stem.weight, sharded._base.stem.weight
+    assert other.members[0].stem.weight.data_ptr() == used.data_ptr() == base.data_ptr()  # no copy
 
 
 def test_mean_of_logits_or_of_probabilities(sharded, tmp_path):
@@ -430,6 +439,22 @@ def test_validation_samples_must_not_be_training_samples(tmp_path):
     assert not found.exact and "validation" in found.manifest["exactness"]["breaks"]
 
 
+def test_validation_data_of_a_later_problem_are_looked_at_too(tmp_path, sharded, monkeypatch):
+    data = small_data()
+    among = problem_of(data, valid=data.only(data.ids[:5]))
+    kill(sharded, 0)
+    with pytest.raises(NeedsError, match="validation"):
+        xp.Sharded.load(sharded.folder, among).retrain()
+    # nor do scores of an interrupted training, which were taken on training samples, live on
+    how = {"shards": 1, "slices": 2, "orders": 2}
+    with monkeypatch.context() as patch, contextlib.suppress(Stop):
+        stopped_after(patch, 2)
+        train(tmp_path / "v", among, accept=["validation"], **how)
+    resumed = train(tmp_path / "v", **how)
+    clean = train(tmp_path / "w", **how)
+    assert resumed.exact and resumed._now.state[0].scores == clean._now.state[0].scores
+
+
 def test_copies_in_other_slices_are_warned_of(tmp_path):
     x = torch.randn(1, 5).expand(12, 5).clone()
     problem = xp.Classification(Blocky(), (x, torch.zeros(12).long()))
@@ -531,3 +556,59 @@ def test_a_state_that_is_replaced_while_it_is_read_is_read_again(sharded, monkey
     monkeypatch.undo()
     other.forget(ids[0])  # and a plan knows what others have deleted
     assert sharded.plan(ids[:2]).already == (ids[0],)
+
+
+# --- what users bring ------------------------------------------------------------------------------
+
+
+def test_models_that_adapters_cannot_serve_are_refused_in_a_sentence(tmp_path):
+    def refused(words, model, roles=None, **how):
+        made = xp.Classification(model, small_data(), roles=roles or {"last layer": ["head"]})
+        with pytest.raises(SettingError, match=words):
+            train(tmp_path, made, shards=1, slices=1, orders=1, **how)
+
+    refused("no module 'hed'", Blocky(), {"last layer": ["hed"]}, blocks="all")
+    tied = Blocky(classes=8)
+    tied.head.weight, tied.head.bias = tied.blocks[0].weight, tied.blocks[0].bias
+    refused("no weights of its own", tied, blocks="all")
+    pruned = Blocky()
+    xp.core.pruned.keep_only(pruned, {"stem.weight": torch.rand(8, 5) > 0.5})
+    refused("would fill its zeros", pruned, adapter="lora(2)", blocks="all")
+    plain = small_data().fetch(small_data().ids)
+    regression = xp.Regression(Blocky(classes=1), (plain.x, plain.x[:, 0]))
+    with pytest.raises(SettingError, match="no probabilities"):
+        train(tmp_path, regression, shards=1, slices=1, orders=1, aggregate="probabilities")
+
+
+def test_a_layer_whose_weight_is_computed_is_passed_over(tmp_path):
+    model = Blocky()
+    model.blocks[1] = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(8, 8))
+    how = {"shards": 1, "slices": 1, "orders": 1, "blocks": "all"}
+    sharded = train(tmp_path, problem_of(model=model), **how)
+    assert "blocks.1" not in sharded._slots.modules[0] and "blocks.0" in sharded._slots.modules[0]
+    assert sharded.predict(X[:0]).shape == (0, 3)
+
+
+def test_retraining_without_the_data_it_needs_says_so(tmp_path):
+    how = {"shards": 1, "slices": 2, "orders": 1, "data": "own"}
+    sharded = train(tmp_path, **how)
+    data, mine = small_data(), of(sharded, 0, 1)
+    sharded.forget(mine[:-1])
+    part = data.only(torch.tensor(of(sharded, 0, 0)))
+    with pytest.raises(xp.core.errors.DataError, match="lacks 1 samples"):
+        xp.Sharded.load(tmp_path, problem_of(part)).retrain([0])
+    sharded.forget(mine)
+    with pytest.raises(xp.core.errors.DataError, match="slice 1 of shard 0 has no samples"):
+        sharded.retrain([0], keep_slices=True)
+    assert xp.Sharded.load(tmp_path, problem_of(part)).retrain([0]).served == ((0, 1),)
+
+
+def test_a_score_that_json_cannot_hold_is_the_worst(trained):
+    from expunge.exact.manifest import state_of
+
+    manifest = json.loads(json.dumps(trained.manifest))
+    for stage in manifest["shards"][0]["stages"]:
+        stage["score"] = [0.5, None if stage["prefix"][0] == 0 else -1.0]
+    nothing = np.zeros(48, dtype=bool)
+    state = state_of(manifest, trained._now.index, nothing)
+    assert state[0].served[0] != 0 and len(state[0].served) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,12 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.aggregate = aggregate
         self.eval()
+
+    def apart(self) -> Ensemble:
+        """Another ensemble with these numbers: moved or cast, it leaves this one as it is."""
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in self.parameters()}
+        memo |= {id(b): b.detach() for b in self.buffers()}
+        return copy.deepcopy(self, memo)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Map a member's inputs to the mean [B, …, C]."""

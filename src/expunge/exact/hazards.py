@@ -99,13 +99,33 @@ def inspect(
     if not set(samples.values()).isdisjoint(held_out):
         found.add("validation")
     for name in sorted(found - set(accept)):
-        raise NeedsError(
-            f"deletion would not be exact because of the {name}: {_WORDS[name]}; accept=[{name!r}] goes "
-            "on and says so in the manifest"
-        )
+        raise _refused(name, f"accept=[{name!r}] goes on and says so in the manifest")
     return Hazards(
         {name: _WORDS[name] for name in sorted(found)},
         tuple(_warnings(problem, settings, fitted, samples, index)),
+    )
+
+
+def inspect_again(
+    breaks: Collection[str], samples: Mapping[int, str], held_out: Collection[str]
+) -> None:
+    """Look at the data that a model is retrained with, which may be other than it was trained with.
+
+    Args:
+        breaks: what was accepted in training.
+        samples: digest of each training sample by id.
+        held_out: digests of the validation samples.
+
+    Raises:
+        NeedsError: its validation data are training data too, which nobody accepted.
+    """
+    if "validation" not in breaks and not set(samples.values()).isdisjoint(held_out):
+        raise _refused("validation", "retrain with a problem whose valid= is apart from the data")
+
+
+def _refused(name: str, way_out: str) -> NeedsError:
+    return NeedsError(
+        f"deletion would not be exact because of the {name}: {_WORDS[name]}; {way_out}"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 from scipy.integrate import quad
@@ -79,10 +80,9 @@ def survival(places: int, first: int, requests: int) -> float:
         first: R of this shard.
         requests: r.
     """
-    dead = math.fsum(
-        (-1) ** k * math.comb(first, k) * (1 - k / places) ** requests for k in range(first + 1)
-    )
-    return 1.0 - dead
+    # in whole numbers: the terms are huge, of either sign, and cancel
+    dead = sum((-1) ** k * math.comb(first, k) * (places - k) ** requests for k in range(first + 1))
+    return float(1 - Fraction(dead, places**requests))
 
 
 def simulate(

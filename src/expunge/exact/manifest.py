@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import importlib.metadata
+import math
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def state_of(manifest: Mapping[str, Any], index: Index, deleted: np.ndarray) -> 
                 sequences=tuple(tuple(s) for s in shard["sequences"]),
                 counts=tuple(map(int, counts)),
                 dead=frozenset(map(int, np.unique(index.piece[own & deleted]))),
-                scores={tuple(s["prefix"]): s["score"] for s in shard["stages"]},
+                scores={tuple(s["prefix"]): _finite(s["score"]) for s in shard["stages"]},
                 seconds=float(sum(s["seconds"] for s in shard["stages"])),
             )
         )
@@ -98,3 +99,8 @@ def dead_digests(manifest: Mapping[str, Any], state: State) -> set[str]:
         if state[s].dead.isdisjoint(prefix)
     }
     return ({*digests_of(manifest).values()} | {*manifest["superseded"]}) - kept
+
+
+def _finite(score: Sequence[float | None]) -> list[float]:
+    """A score as it is compared: JSON has no infinite loss, and what is none is the worst."""
+    return [-math.inf if value is None else value for value in score]

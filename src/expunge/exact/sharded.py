@@ -60,7 +60,7 @@ class Sharded:
             problem: gives the data where requests speak of more than ids, and for retraining.
         """
         self._folder, self._problem = Folder(folder), problem
-        self._base = copy.deepcopy(base).requires_grad_(False).eval()
+        self._base = copy.deepcopy(base).cpu().requires_grad_(False).eval()
         self._lock = threading.RLock()
         self._samples: dict[int, str] = {}  # digests of the data, once they are asked for
         self._members: dict[tuple[str, ...], nn.Module] = {}
@@ -276,6 +276,9 @@ class Sharded:
         Raises:
             ExpungeError: no shard is alive.
         """
+        return self._ensemble().apart()
+
+    def _ensemble(self) -> Ensemble:
         with self._lock:
             for attempt in (0, 1):
                 now = self._refreshed()
@@ -298,10 +301,10 @@ class Sharded:
             x: inputs [B, …], or a mapping of them.
             batch_size: samples at a time.
         """
-        model = self.module()
+        model = self._ensemble()
         size = len(x if isinstance(x, Tensor) else next(iter(x.values())))
         outputs = []
-        for start in range(0, size, batch_size):
+        for start in range(0, max(size, 1), batch_size):
             part = map_inputs(x, lambda t: t[start : start + batch_size])  # noqa: B023
             outputs.append(model(part) if isinstance(x, Tensor) else model(**part))
         return torch.cat(outputs)

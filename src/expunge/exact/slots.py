@@ -9,6 +9,7 @@ from torch import nn
 
 from expunge.core.errors import NeedsError, SettingError
 from expunge.core.problem import Problem
+from expunge.core.pruned import kept_of
 from expunge.exact.adapters import by_name, fitting
 from expunge.exact.settings import WHOLE, Settings
 
@@ -50,7 +51,8 @@ def slots_of(problem: Problem, model: nn.Module, settings: Settings) -> Slots:
         The slots; none for whole models.
 
     Raises:
-        SettingError: there are fewer blocks than slices, or nothing in a block that the adapter fits.
+        SettingError: there are fewer blocks than slices, or nothing in a block that the adapter fits, the
+            last layer has no weights, or the adapter would fill what was pruned.
         NeedsError: the head is asked for and no module is known as it.
     """
     if settings.adapter == WHOLE:
@@ -58,6 +60,21 @@ def slots_of(problem: Problem, model: nn.Module, settings: Settings) -> Slots:
     adapter = by_name(settings.adapter)
     last = _last(problem, settings)
     head = tuple(n for n, _ in model.named_parameters() if any(n.startswith(f"{m}.") for m in last))
+    if last and not head:
+        known = {n for n, _ in model.named_modules()}
+        if missing := [m for m in last if m not in known]:
+            raise SettingError(
+                f"the model has no module {missing[0]!r}, which is named as last layer"
+            )
+        raise SettingError(
+            f"the last layer ({', '.join(last)}) has no weights of its own, as where it shares the "
+            "embedding's; use head='none', or name another with roles={'last layer': […]}"
+        )
+    if kept_of(model) is not None and adapter.name != "scale-shift":
+        raise SettingError(
+            f"the model is pruned, and {settings.adapter} would fill its zeros; use "
+            "adapter='scale-shift' or 'whole'"
+        )
     fits = [
         n
         for n in fitting(model, adapter, skip=last or _named(problem, "last layer"))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from expunge.core.errors import DataError
 from expunge.core.hashing import content_key
 from expunge.core.problem import Problem
 from expunge.core.runtime import Runtime
@@ -58,6 +59,7 @@ class Trainer:
             samples,
         )
         self._root = Runtime(seed=seed)
+        self._valid = None if problem.valid is None else problem.valid.fingerprint()
         self._common = [
             settings.of_stage(), slots.to_dict(), base_hash, problem.kind, seed, versions(),
             runtime.device, runtime.precision, problem.fingerprint()["functions"],
@@ -88,6 +90,9 @@ class Trainer:
 
         Returns:
             Its entry in the manifest.
+
+        Raises:
+            DataError: a stage would learn nothing, since all its samples are deleted.
         """
         sequences = self._settings.chosen()
         members = [index.members(number, j, deleted) for j in range(self._settings.slices)]
@@ -104,11 +109,16 @@ class Trainer:
         for prefix in prefixes(sequences):
             saw = prefix if self._settings.data == "cumulative" else prefix[-1:]
             ids = torch.cat([members[j] for j in saw])
+            if not len(ids):
+                raise DataError(
+                    f"slice {prefix[-1]} of shard {number} has no samples left; retrain it with new slices"
+                )
             parent = stages[prefix[:-1]]["tensors"] if len(prefix) > 1 else None
             seed = self._root.seed_for("exact", number, generation, *prefix)
             commits = [pieces[j]["data"] for j in saw]
             key = content_key([self._common, seed, prefix, commits, parent])
-            found = known.get(key) or self._folder.noted(key)
+            noted = content_key([key, self._valid])  # with another score it is another's
+            found = known.get(key) or self._folder.noted(noted)
             if found is None:
                 whole = self._settings.adapter == WHOLE
                 names = [prefix[:k] for k in range(len(prefix) - 1 if whole else 1, len(prefix))]
@@ -125,7 +135,7 @@ class Trainer:
                     "seed": seed, "saw": [pieces[j]["ids"] for j in saw], "samples": len(ids),
                     "seconds": seconds, "score": score(self._problem, model), "carries": CARRIES,
                 }  # fmt: skip
-                self._folder.note(key, found)
+                self._folder.note(noted, found)
                 if self._runtime.checkpoint is not None:  # a copy that no deletion would erase
                     (self._runtime.checkpoint / f"{name}.pt").unlink(missing_ok=True)
             stages[prefix] = dict(found)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from expunge.core.errors import SettingError
+from expunge.core.errors import DataError, SettingError
 from expunge.core.hashing import hash_model
 from expunge.core.problem import Problem
 from expunge.core.runtime import Budget, Runtime
 from expunge.exact import manifest as manifests
 from expunge.exact.folder import BEGAN, Folder
-from expunge.exact.hazards import inspect
+from expunge.exact.hazards import inspect, inspect_again
 from expunge.exact.index import Index, digests
 from expunge.exact.now import Now
 from expunge.exact.settings import Settings
@@ -41,6 +41,10 @@ def train_all(
     seed = runtime.seed if seed is None else seed
     if runtime.budget != Budget():
         raise SettingError("a sharded training has no budget: where it stopped would be chance")
+    if how.aggregate == "probabilities" and problem.kind == "regression":
+        raise SettingError(
+            "a regression has no probabilities; use aggregate='logits', the plain mean"
+        )
     with folder.locked("training", 1.0):
         if folder.exists():
             raise SettingError(
@@ -99,11 +103,22 @@ def train_again(
 
     Raises:
         SettingError: there is no such shard.
+        DataError: the data lacks samples of it, or a shard has fewer samples left than slices.
+        NeedsError: validation data are training data too.
     """
     how, slots = Settings.create(now.manifest["settings"]), Slots.read(now.manifest["slots"])
     if not set(shards) <= set(range(how.shards)):
         raise SettingError(f"shards are numbered 0 to {how.shards - 1}, not {max(shards)}")
     seed, deleted = int(now.manifest["seed"]), now.live.deleted
+    wanted = now.index.ids[np.isin(now.index.shard, list(shards)) & ~deleted].tolist()
+    absent = [i for i in wanted if i not in samples]
+    if absent:
+        raise DataError(
+            f"the problem's data lacks {len(absent)} samples that are not deleted, such as {absent[0]}; "
+            "forget them first, or load the model with all of its data"
+        )
+    held_out = set() if problem.valid is None else set(digests(problem.valid).values())
+    inspect_again(now.manifest["exactness"]["breaks"], samples, held_out)
     known = {
         stage["key"]: stage
         for s, prefix, stage in manifests.stages(now.manifest)
@@ -134,7 +149,7 @@ def _start(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """What training starts from, and what the manifest says of it."""
     if how.start == "model":
-        base = copy.deepcopy(problem.model)
+        base = copy.deepcopy(problem.model).cpu()
         return base, {"start": "model", "hash": hash_model(base), "stored": None}
     base = problem.fresh(Runtime(seed=seed).seed_for("start"))
     tensors, file = folder.put(base.state_dict())

@@ -17,8 +17,12 @@ _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
 def is_dense(module: nn.Module) -> bool:
-    """Whether a module is linear or a convolution, of any kind."""
-    return isinstance(module, (nn.Linear, _CONVOLUTIONS)) or _is_conv1d(module)
+    """Whether a module is linear or a convolution, of any kind, with a plain weight.
+
+    A weight that `torch.nn.utils.parametrize` or `weight_norm` computes is none that a map could change.
+    """
+    known = isinstance(module, (nn.Linear, _CONVOLUTIONS)) or _is_conv1d(module)
+    return known and module._parameters.get("weight") is not None
 
 
 def is_norm(module: nn.Module) -> bool:

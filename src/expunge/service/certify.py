@@ -113,7 +113,7 @@ def certificates(
 def about_others(record: Mapping[str, Any]) -> Json:
     """What a record supports about samples that it was not made for: the weights and their class."""
     exact, weights = record.get("exact"), record["weights"]
-    nothing = {"switched_off": [], "died": [], "retrained": [], "collateral": None}
+    nothing: Json = {"switched_off": [], "died": [], "retrained": [], "collateral": None}
     return {
         **record,
         "weights_before": weights, "findings": [], "verdict": None, "references": [],

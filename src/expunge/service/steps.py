@@ -282,8 +282,9 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
     if folder is not None and not ended and versions.read(folder) is None:
         raise ExpungeError(f"the version {folder.name} is not there any more")
     before = current
-    earlier = folder is None and current is not None
-    if earlier:  # others deleted it meanwhile
+    earlier = False
+    if folder is None and current is not None:  # others deleted it meanwhile
+        earlier = True
         record = {**about_others(current["record"]), "batch": batch}
         folder, before = service.current_folder(current), _before(service, current)
     signed = certificates(service, name, covered, record, folder, before, earlier=earlier)

@@ -195,9 +195,16 @@ def test_purging_leaves_commitments_and_a_whole_chain(engine, tmp_path):
 def test_a_kept_salt_still_opens_and_can_go_later(engine):
     receive(engine, "r", {"ids": [7]})
     with engine.begin() as connection:
-        assert ledger.purge(connection, "r", keep_salt=True).content == {"salt": "kept"}
         salt = ledger.salt_of(connection, "r")
+        check = hashlib.sha256(salt.encode()).hexdigest()
+        purged = ledger.purge(connection, "r", keep_salt=True)
+        assert purged.content == {"salt": "kept", "check": check}
     assert ledger.verify(engine) == []
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE ledger_selectors SET salt = 'x' || substr(salt, 2)"))
+    assert ledger.verify(engine) == ["the salt of request r is not the one it came with"]
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE ledger_selectors SET salt = :s"), {"s": salt})
     assert ledger.commitments(salt, [7, 8]) == sorted(
         ledger.commitment(salt, f"record:{i}") for i in (7, 8)
     )

@@ -435,3 +435,19 @@ def test_a_late_cleaning_spares_what_another_batch_has_written(service, monkeypa
     monkeypatch.undo()
     steps.clean(service, batch)
     assert [p.name for p in parent.iterdir()] == [made["folder"]]
+
+
+def test_a_version_that_went_away_while_it_was_read_is_tried_again(service, monkeypatch):
+    from dbos import DBOS
+
+    from expunge.core.errors import StoreError
+    from expunge.service import workflow
+
+    asked = []
+    monkeypatch.setattr(DBOS, "run_step", lambda options, *_: asked.append(options["should_retry"]))
+    workflow.bind(service)
+    workflow._step("resolve", 3, steps.resolve, "x")
+    (again,) = asked
+    assert (
+        again(StoreError("there is no model")) and again(OSError()) and not again(RequestError("x"))
+    )

@@ -128,6 +128,11 @@ def test_a_well_made_shorter_ledger_is_told_by_what_names_its_end(whole, says, r
     assert any("rows were cut off" in s for s in says(data, named=named))
     assert says(whole["plain"], named=named) == []
     assert any("no signature under its head" in s for s in says(data, keys=TRUSTED))
+    # a certificate that is older than the cut does not make up for the signature
+    first = json.loads(whole["plain"].splitlines()[0])
+    older = [ledger.Head(1, first["hash"])]
+    told = any("no signature under its head" in s for s in says(data, keys=TRUSTED, named=older))
+    assert told == (rows > 1)
 
 
 def test_the_signature_of_another_head_does_not_fit(whole, says):

@@ -56,10 +56,9 @@ def test_a_worker_carries_requests_out_and_looks_after_others(service, running, 
     assert "other" not in running.dead()
     lock.close()
     deadline = time.monotonic() + 30
-    while "other" in names(service):
+    while "other" in names(service) or (folder / "other.lock").exists():  # the lock goes last
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not (folder / "other.lock").exists()
 
     # of another machine: by its silence alone
     add(service, "far", host="elsewhere")

@@ -160,10 +160,8 @@ def approve(
     identifier: Identifier, policy: PolicyFile = "service.toml", as_json: Json = False
 ) -> None:
     """Let a request that waits for approval be carried out."""
-    import getpass
-
     with opened(policy) as service:
-        row = service.approve(identifier, by=getpass.getuser())
+        row = service.approve(identifier, by=_user())
         _say(service, row, as_json)
 
 
@@ -177,6 +175,15 @@ def cancel(
     """Withdraw a request that is not yet carried out."""
     with opened(policy) as service:
         _say(service, service.cancel(identifier, reason), as_json)
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # in a container a number may have no name
+        return "cli"
 
 
 def _request(

@@ -114,6 +114,11 @@ def verify(
         f"at {predicate['issued']}"
     ]
     unchecked = []
+    if predicate.get("wording") != WORDING:
+        unchecked.append(
+            f"its words are of version {predicate.get('wording')!r}; this version of expunge knows "
+            f"those of version {WORDING}, and cannot tell whether they say too much"
+        )
     if weights is None:
         unchecked.append("the weights were not compared with the certificate (--weights)")
     elif found := compare(weights, content["subject"]):

@@ -37,11 +37,13 @@ def claim(connection: sa.Connection, batch: str, enqueue: Enqueue, most: int) ->
         ).all()
         together = [one.id for one in ready if not one.alone][:most]
         chosen = together or [one.id for one in ready][:1]
-        set_state(connection, batch, "running" if chosen else "done")
-        move(
+        moved = move(
             connection, chosen, (states.PLANNED, states.APPROVED), states.RUNNING,
             {"batch": batch, "together": len(chosen)}, batch=batch,
         )  # fmt: skip
+        set_state(
+            connection, batch, "running" if moved else "done"
+        )  # all may be withdrawn meanwhile
         if len(ready) > len(chosen):
             ensure_batch(connection, row["model"], enqueue)
     return members(connection, batch)

@@ -284,7 +284,10 @@ def purge(connection: sa.Connection, request: str, *, keep_salt: bool = False) -
     if found is None or (found.selectors is None and (keep_salt or found.salt is None)):
         return None
     salt = "kept" if keep_salt and found.salt is not None else "destroyed"
-    entry = append(connection, PURGED, request, {"salt": salt})
+    said = {"salt": salt}
+    if salt == "kept":  # of 32 random bytes: a hash tells nothing, but a change of them shows
+        said["check"] = hashlib.sha256(found.salt.encode()).hexdigest()
+    entry = append(connection, PURGED, request, said)
     gone: dict[str, Any] = {"selectors": None} | ({} if salt == "kept" else {"salt": None})
     connection.execute(sa.update(selectors).where(selectors.c.request == request).values(**gone))
     return entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -72,6 +73,7 @@ class _Chain:
         self.hashes: dict[int, str] = {0: ZERO}
         self.selectors: dict[str, str] = {}
         self.purged: dict[str, str] = {}
+        self.salts: dict[str, str] = {}
 
     def step(self, entry: Entry) -> Iterator[str]:
         """Complain about one row and move on, as if it were right, to find the next fault."""
@@ -101,6 +103,8 @@ class _Chain:
             self.selectors[entry.request] = body["selectors"]
         if entry.kind == PURGED:
             self.purged[entry.request] = str(body.get("salt"))
+            if isinstance(body.get("check"), str):
+                self.salts[entry.request] = body["check"]
 
     def end(self, stated: Head) -> Iterator[str]:
         """Compare the last row with the head that is stated, and with those that others name."""
@@ -174,6 +178,8 @@ def _beside(chain: _Chain, table: dict[str, Any]) -> Iterator[str]:
             yield f"the salt of request {request} is gone, but no entry says so"
         elif salt is not None and said == "destroyed":
             yield f"the salt of request {request} was destroyed, but something stands there"
+        if text is None and salt is not None and not _checked(salt, chain.salts.get(request)):
+            yield f"the salt of request {request} is not the one it came with"
         if text is not None and salt is not None and not _committed(salt, text, wanted):
             yield f"the selectors or the salt of request {request} are not those it came with"
     for request in table:
@@ -185,6 +191,11 @@ def _committed(salt: Any, text: Any, wanted: str) -> bool:
         return salt == salt.lower() and len(salt) == 64 and commitment(salt, text) == wanted
     except (ValueError, TypeError, AttributeError):
         return False
+
+
+def _checked(salt: Any, wanted: str | None) -> bool:
+    text = str(salt).encode(errors="replace")
+    return wanted is None or hashlib.sha256(text).hexdigest() == wanted
 
 
 def _of_export(data: bytes, name: str, named: Sequence[Head], keys: Any) -> Iterator[str]:
@@ -209,10 +220,10 @@ def _of_export(data: bytes, name: str, named: Sequence[Head], keys: Any) -> Iter
     yield from chain.end(stated[0] if stated else chain.last)
     if checkpoint is not None and keys is not None:
         yield from _signed(checkpoint, chain.last, name, keys)
-    elif checkpoint is None and stated is not None and keys is not None and not named:
+    elif checkpoint is None and stated is not None and keys is not None and chain.last not in named:
         yield (
-            f"{name} carries no signature under its head and no certificate was named: rows cut off "
-            "at the end cannot be noticed"
+            f"{name} carries no signature under its head and no certificate names its last row: rows "
+            "cut off at the end cannot be noticed"
         )
 
 

@@ -23,7 +23,7 @@ from expunge.core.runtime import Runtime
 from expunge.fleet.executors import chosen, in_order
 from expunge.fleet.jobs import Job
 from expunge.fleet.references import FIRST_SEED
-from expunge.report.classes import evidence_class
+from expunge.report.classes import EvidenceClass, evidence_class
 from expunge.report.statement import finding_row, not_tested
 from expunge.service.covering import Covering
 from expunge.service.deleter import Json, Resolved
@@ -48,7 +48,7 @@ class MethodDeleter:
         self._model = model
         self._method: Method = registry.get(model.method).create(model.settings)
         self._retrain: Method = registry.get("retrain").create({})
-        self.evidence = evidence_class(self._method.card.intent, self._method.card.guarantee)
+        self.evidence = released_class(self._method)
         self.problem = problem_of(policy, model.problem, name)
         self._audits = audit_list(model.audits, self.problem)
         if (model.references or model.if_audits_fail == "retrain") and self.problem.recipe is None:
@@ -100,9 +100,7 @@ class MethodDeleter:
                 "them; the service releases plain weights"
             )
         released = outcome.released()
-        kind = evidence_class(method.card.intent, method.card.guarantee)
-        if kind == "certified":  # no proof's bound is at hand for these weights
-            kind = "empirical"
+        kind = released_class(method)
         tensors = {
             k: v.detach().cpu().contiguous().clone() for k, v in released.state_dict().items()
         }
@@ -187,6 +185,12 @@ class MethodDeleter:
             made = in_order(chosen(None, runtime).run(self.problem, jobs, runtime)) if jobs else []
             self._references = {key: [done.model for done in made]}  # the last alone
         return self._references[key]
+
+
+def released_class(method: Method) -> EvidenceClass:
+    """Class of evidence of what the service releases: no proof's bound is at hand for its weights."""
+    kind = evidence_class(method.card.intent, method.card.guarantee)
+    return "empirical" if kind == "certified" else kind
 
 
 def deleted(version: Path | None) -> list[int]:

@@ -34,9 +34,9 @@ READY = sa.or_(
     sa.and_(requests.c.state == states.PLANNED, requests.c.hold.is_(False)),
 )
 """Requests that a batch may claim."""
-_ONE = sa.select(requests).where(requests.c.id == sa.bindparam("id"))
 LENGTH = 26
 """Characters of an identifier."""
+_ONE = sa.select(requests).where(requests.c.id == sa.bindparam("id"))
 LONGEST_SELECTOR = 200_000
 """Characters of a request as JSON."""
 

@@ -13,6 +13,7 @@ from expunge.report.verdict import row_verdict
 from expunge.service import batches, requests, states, versions
 from expunge.service.certify import about_others, certificates, first_fingerprint
 from expunge.service.deleter import Json, Resolved
+from expunge.service.logs import logger
 from expunge.service.service import Service
 from expunge.service.tables import samples
 
@@ -161,6 +162,7 @@ def fail_request(service: Service, identifier: str, why: str) -> None:
         asked = service.database.read(lambda c: requests.selector_of(c, identifier))
         ids = service.database.read(lambda c: batches.ids_of(c, [identifier]))
         why = without_samples(without_selector(why, asked), ids)
+    logger().error("request failed", request=identifier, why=why)
     service.database.write(
         lambda c: requests.move(c, identifier, before, states.FAILED, {"why": why}, error=why)
     )
@@ -280,8 +282,9 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
     if folder is not None and not ended and versions.read(folder) is None:
         raise ExpungeError(f"the version {folder.name} is not there any more")
     before = current
-    earlier = folder is None and current is not None
-    if current is not None and earlier:  # others deleted it meanwhile
+    earlier = False
+    if folder is None and current is not None:  # others deleted it meanwhile
+        earlier = True
         record = {**about_others(current["record"]), "batch": batch}
         folder, before = service.current_folder(current), _before(service, current)
     signed = certificates(service, name, covered, record, folder, before, earlier=earlier)
@@ -329,6 +332,7 @@ def give_back(service: Service, batch: str, why: str) -> str:
     """After a failure: several requests are carried out again one by one, a single one has failed."""
     name, held, ids = service.database.read(lambda c: batches.contents(c, batch))
     why = without_samples(why, ids)
+    logger().error("batch failed", batch=batch, model=name, why=why)
 
     def write(connection: sa.Connection) -> str:
         if len(held) > 1:

@@ -66,14 +66,12 @@ def request_flow(identifier: str) -> str:
     """Resolve and plan one request; it then waits for a batch, or for somebody's approval."""
     service = _service()
     row = service.get(identifier)
-    log = logger().bind(request=identifier, model=row["model"])
     try:
         retries = service.policy.model(row["model"]).retries
         if _step("resolve", retries, steps.resolve, identifier):
             _step("plan", retries, steps.plan, identifier)
     except (ExpungeError, Recorded) as error:
         why = _sentence(error)
-        log.error("request failed", why=why)
         _step("fail", 10, steps.fail_request, identifier, why)
     return str(service.get(identifier)["state"])
 
@@ -104,5 +102,4 @@ def batch_flow(batch: str) -> str:
         return "rejected"
     except (ExpungeError, Recorded) as error:
         why = _sentence(error)
-        log.error("batch failed", why=why)
         return str(_step("give-back", 10, steps.give_back, batch, why))

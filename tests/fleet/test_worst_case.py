@@ -224,6 +224,10 @@ def test_the_default_step_follows_the_losses(trained):
     scaled.each_loss = lambda m, b: 1e-4 * Classification.each_loss(scaled, m, b)
     again = worst_case(scaled, 15, rounds=1, epochs=1, gamma=0, runtime=RUNTIME)
     assert again.rate == pytest.approx(1e4 * found.rate, rel=1e-4)
+    ten = worst_case(trained, 15, rounds=10, epochs=1, runtime=RUNTIME)
+    assert ten.rate == pytest.approx(
+        found.rate / 10
+    )  # a median loss moves a weight by 1 in all rounds
     assert not torch.equal(again.found, again.start)
     fixed = worst_case(scaled, 15, rounds=1, epochs=1, rate=0.01, runtime=RUNTIME)
     assert torch.equal(fixed.found, fixed.start)  # the released step, on small losses
@@ -402,7 +406,7 @@ def test_what_is_refused(trained):
             worst_case(numbers, 3, **how)
     with pytest.raises(DataError, match="one number a sample"):
         worst_case(xp.Regression(nn.Linear(6, 1), (x, x[:, :1])), 3)
-    with pytest.raises(SettingError, match="2.5 of 90"):
+    with pytest.raises(SettingError, match=r"2\.5 of 90"):
         worst_case(trained, 2.5)
     for large in ({"rate": float("inf")}, {"gamma": float("inf")}):
         with pytest.raises(SettingError, match="lower rate"):
@@ -454,7 +458,7 @@ def test_sets_among_some_hold_as_many_as_asked_for(trained, name):
 
 
 def test_sets_that_are_refused(trained):
-    with pytest.raises(SettingError, match="2.5 of 90"):
+    with pytest.raises(SettingError, match=r"2\.5 of 90"):
         forget_set(trained, "random", 2.5)
     with pytest.raises(SettingError, match="high-el2n"):
         forget_set(trained, "hardest", 3)

@@ -113,7 +113,7 @@ class Search(Configured):
         1e-3, "η: how far a sign step moves each weight; small networks want less", above=0, source="README"
     )  # fmt: skip
     rate: float | None = setting(
-        None, "step of the upper level; None: 1 / median of the first round's positive losses", low=0,
+        None, "step of the upper level; None: 1 / (rounds · median of the first round's positive losses)", low=0,
         source="the released 0.01 leaves w where it began",
     )  # fmt: skip
     gamma: float = setting(1e-4, "γ", low=0, source="released scripts")
@@ -240,7 +240,7 @@ def _descend(
         objective.append(float(w @ found) / size)
         if rate is None:
             positive = found[free][found[free] > 0]
-            rate = 1 / float(positive.median()) if len(positive) else 1.0
+            rate = 1 / (how.rounds * float(positive.median())) if len(positive) else 1.0
         step = rate * gradient(found, w, how.gamma)
         if not bool(step.isfinite().all()):
             raise SettingError("the weights cannot be moved so far; lower rate or gamma")

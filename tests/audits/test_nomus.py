@@ -219,6 +219,19 @@ def test_the_interval_covers_chance_where_people_are_alike():
     assert inside >= 54, inside
 
 
+def test_intervals_know_that_not_everything_is_held_out():
+    """Ten tenths leave some samples out and take others twice: M varies more than over all samples."""
+    alone, found, halves = np.arange(150), [], []
+    for seed in range(30):
+        random = np.random.default_rng(seed)
+        sides = random.normal(1, 1, 150), random.normal(1.8, 1, 150)
+        found.append(attack(*sides))
+        one = attack_interval(found[-1], *sides, (alone, alone))
+        halves.append((one.high - one.low) / 2)
+    assert np.mean(halves) > 1.75 * np.std(found, ddof=1)
+    assert np.mean(np.abs(np.asarray(found) - np.mean(found)) <= halves) >= 0.9
+
+
 def test_the_score_s_interval_is_made_of_its_parts():
     accuracy = Measured(0.6, 0.5, 0.7)
     alone = nomus_interval(accuracy, Measured(0.5, 0.5, 0.5))
@@ -286,6 +299,35 @@ def test_without_people_set_apart_there_is_a_reason():
     assert "10 are needed" in reason((problem, Request(ids=(0, 1, 2))))
     problem.test.columns["unseen"] = np.ones(len(problem.test))
     assert "samples of test people" in reason((problem, request))
+
+
+def test_a_column_that_is_not_there_or_holds_words_is_a_reason():
+    problem, request = world()
+    assert "no column 'identty'" in reason((problem, request), identity="identty")
+    problem.test.columns["unseen"] = np.where(problem.test.columns["unseen"] == 1, "1", "0")
+    assert "not words" in reason((problem, request))
+
+
+def test_people_are_found_in_a_column_of_both_data_sets():
+    problem, request = world(owner="user")
+    problem.train.columns["identity"] = problem.train.columns["user"]  # not in the test data
+    found = audited(Table(np.full(2000, 0.7)), made=(problem, request))["mia"]
+    assert found.detail["units"] == "people"
+    problem.test.columns["user"] = problem.test.columns["user"] - 20
+    assert "in training and in test data" in reason((problem, request))
+
+
+def test_one_answer_to_several_questions_need_not_be_a_label():
+    codes = torch.tensor([0b011, 0b101, 0b110])
+    x = torch.arange(120).float()[:, None]
+    y = codes[torch.arange(120) % 3]
+    train = Data((x[:60], y[:60]), columns={"identity": np.arange(60) // 6})
+    mark = (np.arange(60) < 30).astype(int)
+    test = Data((x[60:], y[60:]), columns={"identity": 50 + np.arange(60) // 6, "unseen": mark})
+    model = nn.Linear(1, 3)
+    made = MultiLabel(model, train, test), Request(identity=(0, 1, 2, 3, 4))
+    found = audited(model, made=made)["score"]
+    assert found.detail["same_answer"] == pytest.approx(0.5 + 0.5 * 2 / 3)  # yes to all
 
 
 def test_people_on_two_sides_and_copies_are_refused():

@@ -10,7 +10,7 @@ from torch import nn
 
 import expunge as xp
 from expunge.core.data import Data
-from expunge.core.errors import NeedsError, RequestError, SettingError
+from expunge.core.errors import DataError, NeedsError, RequestError, SettingError
 from expunge.core.hashing import hash_model
 from expunge.core.runtime import Runtime
 from expunge.fleet import worst_case as module
@@ -224,6 +224,10 @@ def test_the_default_step_follows_the_losses(trained):
     scaled.each_loss = lambda m, b: 1e-4 * Classification.each_loss(scaled, m, b)
     again = worst_case(scaled, 15, rounds=1, epochs=1, gamma=0, runtime=RUNTIME)
     assert again.rate == pytest.approx(1e4 * found.rate, rel=1e-4)
+    ten = worst_case(trained, 15, rounds=10, epochs=1, runtime=RUNTIME)
+    assert ten.rate == pytest.approx(
+        found.rate / 10
+    )  # a median loss moves a weight by 1 in all rounds
     assert not torch.equal(again.found, again.start)
     fixed = worst_case(scaled, 15, rounds=1, epochs=1, rate=0.01, runtime=RUNTIME)
     assert torch.equal(fixed.found, fixed.start)  # the released step, on small losses
@@ -348,6 +352,34 @@ def test_a_search_is_kept(trained):
     assert {r.record["tail"] for r in store.runs(kind="worst-case")} == {"redundant", "memorised"}
 
 
+def frozen(given):
+    other = given.about(given.model)
+    other.model[0].requires_grad_(False)
+    return other
+
+
+def zeros():
+    model = net()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    return model
+
+
+def test_a_search_is_not_that_of_other_weights_that_move_or_another_beginning(trained):
+    def of(problem, store, **how):
+        return worst_case(problem, 15, rounds=1, epochs=1, store=store, runtime=RUNTIME, **how)
+
+    other = frozen(trained)
+    assert other.fingerprint() == trained.fingerprint()
+    pairs = [(trained, other, {"lr": 0.1})]
+    built = [Classification(trained.model, trained.train, build=b) for b in (net, zeros)]
+    pairs.append((*built, {"unlearner": "retrain"}))
+    for one, two, how in pairs:
+        store = Store.temporary()
+        first, second = (of(p, store, **how).objective for p in (one, two))
+        assert first != second and second == of(two, None, **how).objective
+
+
 def test_what_is_refused(trained):
     for options in (
         {"rounds": 0}, {"lr": 0}, {"rate": -1}, {"gamma": -1}, {"unlearner": "ascent"}, {"by": "user"},
@@ -366,6 +398,16 @@ def test_what_is_refused(trained):
         worst_case(Classification(net(), tensors()), 3, unlearner="retrain")
     with pytest.raises(xp.ExpungeError, match="lower lr"):
         worst_case(trained, 3, lr=1e38, runtime=RUNTIME)
+    with pytest.raises(NeedsError, match="no labels"):
+        worst_case(trained, 3, clean=Data(x, ids=trained.train.ids), runtime=RUNTIME)
+    numbers = xp.Regression(nn.Linear(6, 1), (x, x[:, 0]))
+    for how in ({"by": "class"}, {"balanced": True}):
+        with pytest.raises(SettingError, match="no class numbers"):
+            worst_case(numbers, 3, **how)
+    with pytest.raises(DataError, match="one number a sample"):
+        worst_case(xp.Regression(nn.Linear(6, 1), (x, x[:, :1])), 3)
+    with pytest.raises(SettingError, match=r"2\.5 of 90"):
+        worst_case(trained, 2.5)
     for large in ({"rate": float("inf")}, {"gamma": float("inf")}):
         with pytest.raises(SettingError, match="lower rate"):
             worst_case(trained, 3, rounds=1, epochs=1, **large, runtime=RUNTIME)
@@ -403,7 +445,21 @@ def test_sets_of_each_class_its_share_and_apart(trained, name):
     assert counts == list(shares(trained.train.labels_of(some), 14).values())
 
 
+@pytest.mark.parametrize("name", list(TAILS))
+def test_sets_among_some_hold_as_many_as_asked_for(trained, name):
+    how = {"search": {"rounds": 1, "epochs": 1}, "runtime": RUNTIME}
+    twice = [10, 11, 12, 13, 14, 15, 16, 17] * 2
+    ids = forget_set(trained, name, 5, among=twice, **how).resolve(trained.train).tolist()
+    assert len(set(ids)) == 5 and set(ids) <= set(twice)
+    with pytest.raises(SettingError, match="10 of 8"):
+        forget_set(trained, name, 10, among=torch.tensor(twice), **how)
+    with pytest.raises(RequestError, match="ids 100"):
+        forget_set(trained, name, 5, among=torch.arange(96, 106), **how)
+
+
 def test_sets_that_are_refused(trained):
+    with pytest.raises(SettingError, match=r"2\.5 of 90"):
+        forget_set(trained, "random", 2.5)
     with pytest.raises(SettingError, match="high-el2n"):
         forget_set(trained, "hardest", 3)
     with pytest.raises(SettingError, match="90 of 90"):

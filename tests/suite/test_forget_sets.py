@@ -129,10 +129,14 @@ def test_intervals_of_gaps():
     assert (several["low"], several["high"]) == pytest.approx((0.2 - half, 0.2 + half))
     same = summarise([row(d, 0.3, 0.1) for d in range(4)])[0]["UA"]  # agreement may be chance
     assert (same["low"], same["high"]) == pytest.approx((0.19, 0.21))
-    # seeds of one draw are no further draws
+    # seeds of one draw are no further draws, but what they differ by is no less uncertain
     seeds = summarise([row(0, 0.2, 0.1, seed=0), row(0, 0.4, 0.1, seed=1)])[0]
     assert seeds["n"] == 2 and seeds["UA"]["gap"] == pytest.approx(0.2)
-    assert seeds["UA"]["high"] == pytest.approx(0.22)
+    spread = 12.706205 * np.std([0.1, 0.3], ddof=1) / np.sqrt(2)
+    ends = (0.2 - spread, 0.2 + spread)
+    assert (seeds["UA"]["low"], seeds["UA"]["high"]) == pytest.approx(ends)
+    alike = summarise([row(0, 0.3, 0.1, seed=s) for s in range(4)])[0]["UA"]
+    assert (alike["low"], alike["high"]) == pytest.approx((0.18, 0.22))  # of the same samples
     alone = summarise([row(0, 0.3, None)])[0]
     assert alone["UA"]["value"] == 0.3 and alone["UA"]["gap"] is None and alone["distance"] is None
 

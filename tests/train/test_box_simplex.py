@@ -68,6 +68,20 @@ def test_what_is_in_the_set_stays_and_ties_share():
     assert len(project(torch.empty(0), 0)) == 0
 
 
+@pytest.mark.parametrize("value", [0.0, 1e15, 1e16, 3e18, -1e20])
+@pytest.mark.parametrize("total", [0, 1, 2, 4.5, 6])
+def test_equal_values_share_at_every_scale(value, total):
+    w = project(torch.full((6,), value, dtype=torch.double), total)
+    torch.testing.assert_close(
+        w, torch.full((6,), total / 6, dtype=torch.double), rtol=0, atol=1e-9
+    )
+    step = abs(value) / 2 + 1
+    mixed = torch.tensor([value + step] * 2 + [value] * 2 + [value - step] * 2, dtype=torch.double)
+    wanted = [min(2, total) / 2] * 2 + [min(max(total - 2, 0), 2) / 2] * 2
+    wanted += [max(total - 4, 0) / 2] * 2
+    assert project(mixed, total).tolist() == pytest.approx(wanted, abs=1e-9)
+
+
 def test_no_such_sum():
     for total in (-1, 4):
         with pytest.raises(SettingError, match="3 weights"):

@@ -48,26 +48,38 @@ def attack(forget: np.ndarray, unseen: np.ndarray, *, standardise: bool = True) 
         standardise: bring the losses of each fit to mean 0 and variance 1, which makes M independent of
             their unit.
     """
-    from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
+    return held_out(forget, unseen, standardise=standardise)[0]
+
+
+def held_out(
+    forget: np.ndarray, unseen: np.ndarray, *, standardise: bool = True
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """M as `attack`, and for each sample [2n] how often it was held out, and was then called rightly."""
+    from sklearn.model_selection import StratifiedShuffleSplit
 
     x, y = _both(forget, unseen)
     splits = StratifiedShuffleSplit(n_splits=SPLITS, test_size=HELD_OUT, random_state=0)
+    times, hits, each = np.zeros(len(y)), np.zeros(len(y)), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an optimiser that stops early still gives an attacker
-        found = cross_val_score(
-            _attacker(standardise), x, y, cv=splits, scoring="balanced_accuracy"
-        )
-    return float(found.mean())
+        for fitted, tested in splits.split(x, y):
+            right = _attacker(standardise).fit(x[fitted], y[fitted]).predict(x[tested]) == y[tested]
+            times[tested] += 1
+            hits[tested] += right
+            each.append([right[y[tested] == side].mean() for side in (0, 1)])
+    return float(np.mean(each)), times, hits
 
 
 def attack_interval(
     mia: float, forget: np.ndarray, unseen: np.ndarray, groups: tuple[np.ndarray, np.ndarray],
     *, standardise: bool = True,
 ) -> Measured:  # fmt: skip
-    """M with its interval: how much the attack's rights and wrongs vary from person to person.
+    r"""M with its interval: how much the attack's rights and wrongs vary from person to person.
 
-    Rights and wrongs are those of the attacker fitted on everybody; samples of one person count as one
-    group. The interval is that of the unfolded M.
+    Rights and wrongs are those of the held-out samples, each counted as often as it was held out (some never,
+    some several times: the ten parts together say less than all samples would). With residual sums
+    \(e_g = \sum_{i \in g} (h_i - \bar h c_i)\) of hits h and times c over the G people of a side:
+    \(\mathrm{SE}^2 = \frac{G}{G-1}\sum_g e_g^2 / (\sum_i c_i)^2\). The interval is that of the unfolded M.
 
     Args:
         mia: M as `attack` gives it.
@@ -76,15 +88,18 @@ def attack_interval(
         groups: whose the samples of either side are, [n] each.
         standardise: as for `attack`.
     """
-    x, y = _both(forget, unseen)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        right = _attacker(standardise).fit(x, y).predict(x) == y
-    sides = [clustered(r.astype(float), g) for r, g in zip(np.split(right, 2), groups, strict=True)]
-    fewest = min(degrees for *_, degrees in sides)
-    half = t95(fewest) * 0.5 * math.hypot(*(error for _, error, _ in sides))
+    if np.ptp(np.concatenate([forget, unseen])) == 0:
+        return Measured(mia, mia, mia)  # whoever is asked about, there is nothing to tell by
+    _, times, hits = held_out(forget, unseen, standardise=standardise)
+    errors, degrees = [], []
+    for h, c, g in zip(np.split(hits, 2), np.split(times, 2), groups, strict=True):
+        # a weighted mean's residuals have a mean of zero, so that `clustered` squares them as they are
+        _, error, free = clustered((h - h.sum() / c.sum() * c) * len(c) / c.sum(), g)
+        errors.append(error)
+        degrees.append(free)
+    half = t95(min(degrees)) * 0.5 * math.hypot(*errors)
     if half == 0 and mia != 0.5:
-        half = 3 / (fewest + 1)  # everybody is told apart: the rule of three
+        half = 3 / (min(degrees) + 1)  # everybody is told apart: the rule of three
     return Measured(mia, max(0.0, mia - half), min(1.0, mia + half))
 
 

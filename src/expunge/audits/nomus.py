@@ -27,6 +27,7 @@ from expunge.core.data import Data
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
+from expunge.train.losses import answers_of
 
 PEOPLE = ("identity", "user")
 """Columns that usually say whose a sample is."""
@@ -131,8 +132,9 @@ class NoMUS(Audit):
         ]  # fmt: skip
 
     def _owner(self, subject: Subject) -> str:
-        columns = subject.problem.train.columns
-        return self.identity or next((c for c in PEOPLE if c in columns), PEOPLE[0])
+        assert subject.problem.test is not None
+        train, test = subject.problem.train.columns, subject.problem.test.columns
+        return self.identity or next((c for c in PEOPLE if c in train and c in test), PEOPLE[0])
 
     def _lacking(self, subject: Subject) -> str | None:
         test = subject.problem.test
@@ -140,6 +142,8 @@ class NoMUS(Audit):
             return NO_TEST
         if self.column not in test.columns:
             return f"the test data has no column {self.column!r} that marks people never seen; split_subjects makes one"
+        if test.columns[self.column].dtype.kind not in "biuf":
+            return f"the column {self.column!r} of the test data must hold 1 and 0, not words"
         unseen = int((test.columns[self.column] != 0).sum())
         few = {"unseen people": unseen, "test people": len(test) - unseen}
         few["people to forget"] = len(subject.splits["forget-train"])
@@ -152,6 +156,10 @@ class NoMUS(Audit):
             return f"{shared} of the test samples {'is' if shared == 1 else 'are'} among the samples to forget"
         train = subject.problem.train
         owner = self._owner(subject)
+        where = {"training": train, "test": test}
+        lacking = [n for n, d in where.items() if self.identity and owner not in d.columns]
+        if lacking:
+            return f"the {lacking[0]} data has no column {owner!r} that says whose a sample is"
         if owner in train.columns and owner in test.columns:
             both = np.intersect1d(train.columns[owner], test.columns[owner])
             if len(both):
@@ -265,16 +273,9 @@ def _outputs(subject: Subject, data: Any, ids: Tensor) -> tuple[np.ndarray, np.n
     if own is None:
         commonest = float(labels.bincount().max()) / len(labels)
     else:
-        commonest = max(
-            float(own(_constant(code, width).expand(len(labels), -1), labels).mean())
-            for code in labels.unique().tolist()
-        )
+        most = (answers_of(labels, width).double().mean(0) > 0.5).double() * 2 - 1
+        commonest = float(own(most.expand(len(labels), -1), labels).mean())
     return torch.cat(losses).numpy(), torch.cat(hits).numpy(), commonest
-
-
-def _constant(code: int, width: int) -> Tensor:
-    """Logits [1, K] that answer every sample as one label does."""
-    return torch.tensor([[1.0 if code >> k & 1 else -1.0 for k in range(width)]])
 
 
 def _in_both(train: Data, subject: Subject, column: str) -> int | None:

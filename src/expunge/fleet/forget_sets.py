@@ -6,7 +6,7 @@ the lowest EL2N, the *memorised* one by the same search turned round and as the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,7 +18,7 @@ from expunge.core.problem import Problem
 from expunge.core.request import Request, forget
 from expunge.core.runtime import Runtime
 from expunge.fleet.difficulty import difficulty
-from expunge.fleet.worst_case import shares, worst_case
+from expunge.fleet.worst_case import chosen_among, shares, worst_case
 
 if TYPE_CHECKING:
     from expunge.store import Store
@@ -56,7 +56,7 @@ def forget_set(
     *,
     draw: int = 0,
     balanced: bool = False,
-    among: Tensor | None = None,
+    among: Tensor | Sequence[int] | None = None,
     search: Mapping[str, Any] | None = None,
     store: Store | None = None,
     runtime: Runtime | None = None,
@@ -81,6 +81,7 @@ def forget_set(
     Raises:
         NeedsError: there is no recipe to measure EL2N with, or nothing to balance by.
         SettingError: the name is unknown or so many samples are not there.
+        RequestError: an id of `among` is not in the data.
     """
     runtime = runtime or Runtime()
     if check_set(name) in ("worst-case", "easiest"):
@@ -88,8 +89,8 @@ def forget_set(
             problem, size, reverse=name == "easiest", balanced=balanced, among=among, store=store,
             runtime=runtime, **(search or {}),
         ).request()  # fmt: skip
-    ids = (problem.train.ids if among is None else among).sort().values
-    if not 0 < size <= len(ids) or size == len(problem.train):
+    ids = chosen_among(problem.train, problem.train.ids if among is None else among)
+    if size != int(size) or not 0 < size <= len(ids) or size == len(problem.train):
         raise SettingError(f"{size} of {len(ids)} samples cannot be chosen to forget")
     if name == "random":
         order = torch.randperm(len(ids), generator=runtime.generator("forget-set", draw))

@@ -20,7 +20,7 @@ so out of batch statistics too; a class's gradient is its mean loss, and signs o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from expunge import __version__
 from expunge.core.data import Data, look_up
 from expunge.core.errors import ExpungeError, NeedsError, SettingError
-from expunge.core.hashing import content_key, hash_tensors
+from expunge.core.hashing import content_key, hash_model, hash_tensors
 from expunge.core.problem import Problem
 from expunge.core.pruned import kept_of
 from expunge.core.request import Request, forget
@@ -113,7 +113,7 @@ class Search(Configured):
         1e-3, "η: how far a sign step moves each weight; small networks want less", above=0, source="README"
     )  # fmt: skip
     rate: float | None = setting(
-        None, "step of the upper level; None: 1 / median of the first round's positive losses", low=0,
+        None, "step of the upper level; None: 1 / (rounds · median of the first round's positive losses)", low=0,
         source="the released 0.01 leaves w where it began",
     )  # fmt: skip
     gamma: float = setting(1e-4, "γ", low=0, source="released scripts")
@@ -130,7 +130,7 @@ def worst_case(
     reverse: bool = False,
     by: By = "sample",
     balanced: bool = False,
-    among: Tensor | None = None,
+    among: Tensor | Sequence[int] | None = None,
     clean: Data | None = None,
     store: Store | None = None,
     runtime: Runtime | None = None,
@@ -160,17 +160,19 @@ def worst_case(
         ExpungeError: a loss is not finite.
     """
     how, runtime = Search.create(settings), runtime or Runtime()
-    if not problem.train.labelled:
+    seen = problem.train if clean is None else clean
+    if not (problem.train.labelled and seen.labelled):
         raise NeedsError(
             "a search for forget sets reads losses, and the training data has no labels"
         )
+    problem.check()
     ids = problem.train.ids.sort().values
+    among = None if among is None else chosen_among(problem.train, among)
     units, owner, groups = _units(problem.train, ids, size, by, balanced, among)
-    seen = problem.train if clean is None else clean
     seen.positions(ids)  # complain before any work
     key = content_key([
         "worst-case", __version__, problem.fingerprint(), size, reverse, by, balanced, how.in_force(),
-        None if among is None else hash_tensors({"ids": among.sort().values}),
+        _begun_with(problem, how), None if among is None else hash_tensors({"ids": among}),
         None if clean is None else clean.fingerprint(), runtime.describe(),
     ])  # fmt: skip
     kept = None if store is None else store.find("worst-case", key)
@@ -197,6 +199,29 @@ def worst_case(
     return result
 
 
+def chosen_among(data: Data, among: Tensor | Sequence[int]) -> Tensor:
+    """Ids to choose among: sorted, each once.
+
+    Raises:
+        RequestError: one is not in the data.
+    """
+    ids = torch.as_tensor(among, dtype=torch.long).unique()
+    data.positions(ids)
+    return ids
+
+
+def _begun_with(problem: Problem, how: Search) -> list[Any]:
+    """What else a round depends on: which weights may move, and how an untrained network is built."""
+    if how.unlearner == "retrain":
+        untrained = problem.fresh(0)
+        return [_free(untrained), hash_model(untrained), hash_model(problem.fresh(1))]
+    return [_free(problem.model)]
+
+
+def _free(model: nn.Module) -> list[str]:
+    return [n for n, p in model.named_parameters() if p.requires_grad]
+
+
 def _descend(
     losses: Callable[[Tensor, int], Tensor],
     count: int,
@@ -215,7 +240,7 @@ def _descend(
         objective.append(float(w @ found) / size)
         if rate is None:
             positive = found[free][found[free] > 0]
-            rate = 1 / float(positive.median()) if len(positive) else 1.0
+            rate = 1 / (how.rounds * float(positive.median())) if len(positive) else 1.0
         step = rate * gradient(found, w, how.gamma)
         if not bool(step.isfinite().all()):
             raise SettingError("the weights cannot be moved so far; lower rate or gamma")
@@ -345,9 +370,11 @@ def _units(
         raise SettingError("balanced= is for samples; whole classes cannot be balanced")
     free = torch.ones(len(ids), dtype=torch.bool)
     if among is not None:
-        data.positions(among)
         free = torch.isin(ids, among)
     labels = data.labels_of(ids)
+    if labels.is_floating_point() and (by == "class" or balanced):
+        what = "by=class" if by == "class" else "balanced="
+        raise SettingError(f"{what} is about classes, and the labels are no class numbers")
     if by == "class":
         units, owner = labels.unique(return_inverse=True)
         # a class of which some samples are barred is barred
@@ -360,12 +387,10 @@ def _units(
         places = free.nonzero().flatten()
         groups = [(places, size)]
     count = len(groups[0][0])
-    if not 0 < size < min(count + 1, len(units)):
+    if size != int(size) or not 0 < size < min(count + 1, len(units)):
         what = "classes" if by == "class" else "samples"
         raise SettingError(f"{size} of {count} {what} cannot be chosen to forget")
     if balanced:
-        if labels.is_floating_point():
-            raise SettingError("balanced= is about classes, and the labels are no class numbers")
         parts = shares(labels[places], size)
         groups = [(places[labels[places] == c], n) for c, n in parts.items()]
     return units, owner, groups

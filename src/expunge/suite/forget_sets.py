@@ -129,7 +129,7 @@ def summarise(rows: Rows) -> Rows:
     r"""Gaps to retraining for each set and method.
 
     A gap is the mean of value − reference over draws and seeds. Its 95 % interval is the wider of Student's t
-    over draws, where there are several, and Wilson's over samples divided by √draws (of the method's side
+    over draws (over seeds where there is one draw and there are several seeds), and Wilson's over samples divided by √draws (of the method's side
     alone: the reference is taken as it is). `distance` is the mean of the absolute gaps of the four
     figures (the literature's average gap).
 
@@ -168,8 +168,10 @@ def _gap(given: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, float | No
     gap, root = float(by_draw.mean()), float(np.sqrt(len(by_draw)))
     low = gap - float(np.mean([f["value"] - f["low"] for _, f in beside])) / root
     high = gap + float(np.mean([f["high"] - f["value"] for _, f in beside])) / root
-    if len(by_draw) > 1:  # a few draws may agree by chance: never narrower than their samples allow
-        ends = mean_interval(by_draw)
+    one_set = np.array([f["value"] - f["reference"] for _, f in beside])
+    units = by_draw if len(by_draw) > 1 else one_set
+    if len(units) > 1:  # a few draws may agree by chance: never narrower than their samples allow
+        ends = mean_interval(units)
         low, high = min(low, ends[0]), max(high, ends[1])
     reference = float(np.mean([f["reference"] for _, f in beside]))
     return shown | {"reference": reference, "gap": gap, "low": low, "high": high}

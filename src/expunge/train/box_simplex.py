@@ -2,6 +2,7 @@ r"""Projection onto the box-simplex \(S = \{w : 0 \le w \le 1,\ \sum_i w_i = m\}
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,8 @@ def project(a: Tensor, total: float) -> Tensor:
     r"""The nearest point of S: \(\Pi(a) = \mathrm{clip}(a - \mu, 0, 1)\).
 
     \(g(\mu) = \sum_i \mathrm{clip}(a_i - \mu, 0, 1) - m\) does not grow with μ, is \(N - m \ge 0\) at \(\min a - 1\)
-    and \(-m \le 0\) at \(\max a\): bisection finds its zero, and what lies strictly inside the box then shares
-    what rounding left over. The order of the values stays.
+    and \(-m \le 0\) at \(\max a\): bisection finds its zero as far as numbers go, and what lies between its last two points
+    is split in proportion, so that the sum holds for equal and for huge values too. The order of the values stays.
 
     Args:
         a: any finite values [N].
@@ -39,7 +40,8 @@ def project(a: Tensor, total: float) -> Tensor:
     if not len(a):
         return a.double()
     a = a.double()
-    low, high = float(a.min()) - 1, float(a.max())
+    # of values so large that 1 is lost in rounding the next smaller one is below all
+    low, high = float(np.nextafter(float(a.min()) - 1, -np.inf)), float(a.max())
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         if not low < middle < high:
@@ -48,12 +50,10 @@ def project(a: Tensor, total: float) -> Tensor:
             low = middle
         else:
             high = middle
-    w = (a - low).clamp(0, 1)
-    w = torch.where((w - w.round()).abs() < ROUNDING, w.round(), w)  # whole weights stay whole
-    inside = (w > 0) & (w < 1)
-    if bool(inside.any()):
-        w[inside] += (total - w.sum()) / inside.sum()
-    return w.clamp_(0, 1)
+    # between two neighbours in floating point the sum is taken as a line
+    w, most = (a - high).clamp(0, 1), (a - low).clamp(0, 1)
+    w += (most - w) * ((total - w.sum()) / (most - w).sum().clamp_min(1e-300)).clamp(0, 1)
+    return torch.where((w - w.round()).abs() < ROUNDING, w.round(), w)  # whole weights stay whole
 
 
 def projected(a: Tensor, groups: Groups) -> Tensor:

@@ -1,10 +1,15 @@
 """The small-scale run of the card laf: the published CNN on 5,000 MNIST digits.
 
+Network, pixels and training are those of the released code, as the card asks: convolutions padded by two
+pixels, images from 0 to 1, Adam at a constant rate. Without the padding, LAF gains about one point on noisy
+labels in place of three (seeds 10 and 11, on which this was looked for; those below are others).
+
 Writes benchmarks/results/laf.json and .md.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 
 import pytest
@@ -13,7 +18,7 @@ from _results import must_be_seen, write
 from torch import Tensor, nn
 
 import expunge as xp
-from expunge.workloads.mnist import splits
+from expunge.workloads.mnist import PIXELS, splits
 
 pytestmark = pytest.mark.acceptance
 SEEDS = (0, 1, 2)
@@ -35,9 +40,9 @@ class CNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(32 * 16, 256),
+            nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(32 * 7 * 7, 256),
         )  # fmt: skip
         self.head = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 10))
 
@@ -45,15 +50,27 @@ class CNN(nn.Module):
         return self.head(self.body(x))
 
 
+@functools.cache
+def pixels() -> tuple[xp.Data, xp.Data]:
+    """Training and test digits from 0 to 1; the workload's are standardised."""
+    sides = []
+    for side in (splits().train, splits().test):
+        batch = side.fetch(side.ids)
+        x = batch.x * PIXELS["std"][0] + PIXELS["mean"][0]
+        sides.append(xp.Data((x, batch.y), ids=side.ids))
+    return sides[0], sides[1]
+
+
 def recipe_for(train: xp.Data) -> xp.ClassifierRecipe:
     return xp.ClassifierRecipe(
-        CNN, train, epochs=10, lr=1e-3, batch_size=32, weight_decay=0.0, step="adam"
+        CNN, train, epochs=10, lr=1e-3, batch_size=32, weight_decay=0.0, step="adam",
+        schedule="constant",
     )  # fmt: skip
 
 
 def problem_of(model: nn.Module, train: xp.Data) -> xp.Classification:
     head = {"last layer": ["head.0", "head.1"]}
-    return xp.Classification(model, train, splits().test, roles=head)
+    return xp.Classification(model, train, pixels()[1], roles=head)
 
 
 def unlearned(problem, request, settings, checkpoint=None, seed=0) -> nn.Module:
@@ -69,15 +86,15 @@ def agreement(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def of_class() -> dict[str, dict[str, float]]:
     """Class 0 is to be forgotten."""
-    data, request = splits(), xp.forget(label=0)
-    recipe = recipe_for(data.train)
-    keep = data.train.without(request.resolve(data.train))
-    problem = problem_of(recipe(data.train.ids, 0), data.train)
+    (train, test), request = pixels(), xp.forget(label=0)
+    recipe = recipe_for(train)
+    keep = train.without(request.resolve(train))
+    problem = problem_of(recipe(train.ids, 0), train)
     models = {"original": problem.model, "retrain": recipe(keep, 1001)}
     models |= {name: unlearned(problem, request, s) for name, s in CLASS.items()}
     parts = {}
     for name, ids in problem.split(request).items():
-        side = data.test if name.endswith("test") else data.train
+        side = test if name.endswith("test") else train
         parts[name] = side.fetch(ids)
     assert set(parts) == {"forget-train", "retain-train", "forget-test", "retain-test"}
     return {
@@ -88,7 +105,7 @@ def of_class() -> dict[str, dict[str, float]]:
 
 def noisy_train() -> tuple[xp.Data, Tensor, Tensor]:
     """60 % of the classes 0 to 4 with another label, drawn from all nine; ids and true labels."""
-    clean, generator = splits().train, torch.Generator().manual_seed(0)
+    clean, generator = pixels()[0], torch.Generator().manual_seed(0)
     ids = clean.ids.sort().values
     batch = clean.fetch(ids)
     true, labels = batch.y, batch.y.clone()
@@ -113,7 +130,7 @@ def of_noise(folder, seed: int) -> dict[str, dict[str, float]]:
     models = {"original": problem.model, "retrain": recipe(train.without(wrong), 1001 + seed)}
     # both begin alike, and the second goes on from the first one's checkpoints
     models |= {name: unlearned(problem, request, s, folder, seed) for name, s in NOISY.items()}
-    noisy, test = train.fetch(wrong), splits().test
+    noisy, test = train.fetch(wrong), pixels()[1]
     held = test.fetch(test.ids)
     return {
         name: {

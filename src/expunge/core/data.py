@@ -247,8 +247,10 @@ class Data:
         """Read the samples `ids` into one batch, in that order."""
         positions = self.positions(ids)
         if self._dataset is None:
-            y = None if self._labels is None else self._labels[positions]
-            return Batch(map_inputs(self._x, lambda t: t[positions]), y, ids, len(ids))
+            # whole rows: several times as fast as an index that could be anything
+            y = None if self._labels is None else self._labels.index_select(0, positions)
+            x = map_inputs(self._x, lambda t: t.index_select(0, positions))
+            return Batch(x, y, ids, len(ids))
         # one process' share of a small batch may be empty; its shape still has to be right
         items = [self._item(int(p)) for p in positions] or [self._item(0)]
         first = items[0][0]

@@ -120,7 +120,7 @@ def squared_batch_means(
     """
     batches = _read(source, batch_size, order)
     return _over_batches(
-        "squared_batch_means", torch.square, True, model, each, batches, len(source), runtime
+        "squared_batch_means", _add_squares, True, model, each, batches, len(source), runtime
     )
 
 
@@ -139,7 +139,7 @@ def batch_mean_magnitudes(
     """
     batches = _read(source, batch_size, order)
     return _over_batches(
-        "batch_mean_magnitudes", torch.abs, True, model, each, batches, len(source), runtime
+        "batch_mean_magnitudes", _add_magnitudes, True, model, each, batches, len(source), runtime
     )
 
 
@@ -158,7 +158,7 @@ def accumulated(
     """
     batches = _read(source, batch_size, order)
     return _over_batches(
-        "accumulated", lambda g: g, False, model, each, batches, len(source), runtime
+        "accumulated", Tensor.add_, False, model, each, batches, len(source), runtime
     )
 
 
@@ -208,7 +208,7 @@ def _per_sample(
 
 def _over_batches(
     kind: str,
-    f: Callable[[Tensor], Tensor],
+    add: Callable[[Tensor, Tensor], Tensor],
     average: bool,
     model: nn.Module,
     each: EachLoss,
@@ -228,12 +228,21 @@ def _over_batches(
                 if batch.processes > 1:
                     # of a clone: the sum works in place, and autograd may share tensors
                     g = runtime.sum(g.to(value.dtype).clone()) / batch.processes
-                value += f(g.to(value.dtype))
+                add(value, g.to(value.dtype))
             count += 1
             runtime.cost.gradients += len(batch)
     if average:
-        values = {n: v / count for n, v in values.items()}
+        for value in values.values():
+            value /= count
     return Statistic(kind, values, samples, count)
+
+
+def _add_squares(total: Tensor, g: Tensor) -> Tensor:
+    return total.addcmul_(g, g)  # no tensor for the squares alone
+
+
+def _add_magnitudes(total: Tensor, g: Tensor) -> Tensor:
+    return total.add_(g.abs())
 
 
 def _batch_gradient(

@@ -69,8 +69,9 @@ class Source:
         share = self._runtime.share(ids)
         batch = self._data.fetch(share)
         self._runtime.cost.samples += len(share)
-        batch = replace(batch, total=len(ids), processes=self._runtime.processes)
-        return (batch if self.labelled else replace(batch, y=None)).to(self._runtime.device)
+        y = batch.y if self.labelled else None
+        batch = replace(batch, y=y, total=len(ids), processes=self._runtime.processes)
+        return batch.to(self._runtime.device)
 
     def part(self, count: int, generator: torch.Generator) -> Source:
         """Return a random part of this side: `count` samples, or all of them if there are fewer."""

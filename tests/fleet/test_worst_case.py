@@ -184,7 +184,7 @@ RETRAIN = {"unlearner": "retrain", "lr": 2e-2, "epochs": 20}
 
 @pytest.mark.parametrize("settings", [FINETUNE, RETRAIN])
 def test_worst_case_forget_invariant_6_the_objective_falls(trained, settings):
-    how = {"rounds": 8, **settings}
+    how = {"rounds": 8, "rate": 3.0, **settings}  # the card: for suitable steps
     found = worst_case(trained, 20, **how, runtime=RUNTIME)
     assert len(found.objective) == 9 and found.weights.shape == (9, 90)
     assert found.objective[-1] < 0.7 * found.objective[0]  # of the random start
@@ -208,7 +208,7 @@ def test_redundant_samples_survive_retraining_and_memorised_ones_do_not(trained)
         batch = trained.train.fetch(ids)
         return float((model(batch.x).argmax(1) == batch.y).double().mean())
 
-    how = {"rounds": 8, "lr": 3e-3, "epochs": 6}
+    how = {"rounds": 8, "rate": 3.0, "lr": 3e-3, "epochs": 6}
     hard = worst_case(trained, 15, **how, runtime=RUNTIME)
     easy = worst_case(trained, 15, reverse=True, **how, runtime=RUNTIME)
     assert retrained_accuracy(hard.request()) > 0.95
@@ -267,7 +267,13 @@ def test_whole_classes(trained):
     batch = trained.train.fetch(trained.train.ids)
     each = trained.each_loss(trained.model, batch).detach()
     means = torch.stack([each[batch.y == c].mean() for c in range(3)])
-    how = {"by": "class", "rounds": 6, "lr": 1e-9, "runtime": RUNTIME}  # the model stays as it is
+    how = {
+        "by": "class",
+        "rounds": 6,
+        "rate": 10.0,
+        "lr": 1e-9,
+        "runtime": RUNTIME,
+    }  # the model stays as it is
     found = worst_case(trained, 1, **how)
     assert found.units.tolist() == [0, 1, 2] and found.weights.shape == (7, 3)
     assert found.request().label == (int(means.argmin()),)

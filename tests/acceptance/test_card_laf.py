@@ -1,8 +1,10 @@
 """The small-scale run of the card laf: the published CNN on 5,000 MNIST digits.
 
-Network, pixels and training are those of the released code, as the card asks: convolutions padded by two
-pixels, images from 0 to 1, Adam at a constant rate. Without the padding, LAF gains about one point on noisy
-labels in place of three (seeds 10 and 11, on which this was looked for; those below are others).
+Network and pixels are those of the released code, as the card asks: convolutions padded by two pixels, images
+from 0 to 1. Without the padding, LAF gains about one point on noisy labels in place of two to three (seeds 10
+and 11, on which this was looked for; those below are others). The released code trains at a constant rate; half
+a cosine gives an original like the card's (on noisy labels .84 of the test digits and .26 of the wrong labels
+at seed 10, the card .87 and .25), a constant rate one that knows more of the wrong labels (.77 and .53).
 
 Writes benchmarks/results/laf.json and .md.
 """
@@ -63,8 +65,7 @@ def pixels() -> tuple[xp.Data, xp.Data]:
 
 def recipe_for(train: xp.Data) -> xp.ClassifierRecipe:
     return xp.ClassifierRecipe(
-        CNN, train, epochs=10, lr=1e-3, batch_size=32, weight_decay=0.0, step="adam",
-        schedule="constant",
+        CNN, train, epochs=10, lr=1e-3, batch_size=32, weight_decay=0.0, step="adam"
     )  # fmt: skip
 
 

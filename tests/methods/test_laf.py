@@ -121,14 +121,14 @@ def test_laf_invariant_4_gradients_of_the_alignment():
 def test_laf_invariant_5_models_of_features_stay_and_divergence_is_exact(digits, monkeypatch):
     """Neither VAE, nor the teacher's features, nor the problem's model move in the loop."""
     vaes, trained = [], []
-    plain = LAF.model_features
+    plain = LAF._vae
 
     def kept(self, *args):
         vaes.append(plain(self, *args))
         trained.append(hash_model(vaes[-1]))
         return vaes[-1]
 
-    monkeypatch.setattr(LAF, "model_features", kept)
+    monkeypatch.setattr(LAF, "_vae", kept)
     before = hash_model(digits.model)
     run(digits, LAF(**QUICK))
     assert len(vaes) == 2 and trained[0] != trained[1]
@@ -206,7 +206,7 @@ def test_laf_linear_decoder_fits_unbounded_features_better(digits):
     for decoder in ("sigmoid", "linear"):
         method = LAF(decoder=decoder, vae_epochs=20)
         stages = Stages(method, view.model(), view, runtime)
-        vae = method.model_features(stages, "vae", known, view.everything.ids, runtime)
+        vae = method._vae(stages, "vae", known, view.everything.ids, runtime)
         noise = torch.zeros(len(known.values), method.latent)
         errors[decoder] = float(vae.errors(known.values, noise).mean())
     assert errors["linear"] < 0.8 * errors["sigmoid"]
@@ -220,13 +220,13 @@ def test_laf_turns_are_the_loop_of_its_paper(monkeypatch):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     vaes = []
-    plain = LAF.model_features
+    plain = LAF._vae
 
     def kept(self, *args):
         vaes.append(plain(self, *args))
         return vaes[-1]
 
-    monkeypatch.setattr(LAF, "model_features", kept)
+    monkeypatch.setattr(LAF, "_vae", kept)
     method = LAF(
         epochs=2, batch_size=16, lr=1e-2, lr_alignment=2e-2, temperature=5.0, vae_epochs=20
     )
@@ -262,13 +262,13 @@ def test_laf_turns_are_the_loop_of_its_paper(monkeypatch):
 
 def test_laf_first_vae_learns_what_it_is_told(digits, monkeypatch):
     asked = []
-    plain = LAF.model_features
+    plain = LAF._vae
 
     def noted(self, stages, name, known, ids, runtime):
         asked.append(set(ids.tolist()))
         return plain(self, stages, name, known, ids, runtime)
 
-    monkeypatch.setattr(LAF, "model_features", noted)
+    monkeypatch.setattr(LAF, "_vae", noted)
     everything = set(digits.train.ids.tolist())
     forget = set(Request(label=(3,)).resolve(digits.train).tolist())
     for kind, first in (("all", everything), ("retain", everything - forget)):

@@ -107,10 +107,7 @@ class LAF(Training):
         super().check(problem, request)
         last = tuple(f"{name}." for name in problem.role("last layer"))
         if all(name.startswith(last) for name, _ in problem.model.named_parameters()):
-            raise NeedsError(
-                "laf trains what comes before the last layer, and this model has no weights there; use "
-                "another method"
-            )
+            raise NeedsError("laf trains what comes before a last layer; the model has only that")
 
     def run(self, view: View, runtime: Runtime) -> Outcome:
         """Fit both VAEs, take turns, and repair if asked to."""
@@ -120,8 +117,8 @@ class LAF(Training):
         head = self._head(stages, view) if self.repair else {}
         known = original_features(view)
         retain = view.everything if self.remain_vae == "all" else view.retain
-        h = self.model_features(stages, "laf retain vae", known, retain.ids, runtime)
-        q = self.model_features(stages, "laf forget vae", known, view.forget.ids, runtime)
+        h = self._vae(stages, "laf retain vae", known, retain.ids, runtime)
+        q = self._vae(stages, "laf forget vae", known, view.forget.ids, runtime)
         vae_steps = stages.steps
         stages.run(
             "laf", functools.partial(self._turns, h, q, known, view, runtime), epochs=self.epochs,
@@ -133,21 +130,10 @@ class LAF(Training):
         empty = float((known.values == 0).all(1).float().mean())  # their cosine means nothing
         return stages.outcome(vae_steps=vae_steps, unlearning_steps=steps, zero_features=empty)
 
-    def model_features(
+    def _vae(
         self, stages: Stages, name: str, known: Features, ids: Tensor, runtime: Runtime
     ) -> VAE:
-        """Train a VAE on the original's features of some samples.
-
-        Args:
-            stages: trains it and counts.
-            name: of the stage.
-            known: the original's features.
-            ids: of the samples.
-            runtime: seeds.
-
-        Returns:
-            The VAE, frozen.
-        """
+        """A VAE of the original's features of some samples, trained and frozen."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(runtime.seed_for(name))
             vae = VAE(known.values.shape[1], self.latent, self.decoder)
@@ -194,11 +180,9 @@ class LAF(Training):
 
     def pairs(self, view: View, runtime: Runtime, epoch: int) -> Iterator[tuple[Batch, Batch]]:
         """Pairs of a retain and a forget batch, until the shorter side ends."""
-        sides = [
-            source.batches(self.batch_size, runtime.generator(side, epoch))
-            for source, side in ((view.retain, "retain"), (view.forget, "forget"))
-        ]
-        return zip(sides[0], sides[1], strict=False)
+        kept = view.retain.batches(self.batch_size, runtime.generator("retain", epoch))
+        gone = view.forget.batches(self.batch_size, runtime.generator("forget", epoch))
+        return zip(kept, gone, strict=False)
 
     def _features(
         self, view: View, model: nn.Module, pair: tuple[Batch, Batch]

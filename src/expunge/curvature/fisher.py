@@ -29,6 +29,7 @@ from expunge.core.data import Batch
 from expunge.core.runtime import Runtime
 from expunge.core.view import Source
 from expunge.curvature.generic import EachLoss, accumulator_dtype, eval_mode, trainable
+from expunge.curvature.layout import channels_last
 from expunge.curvature.per_sample import Path, default_chunk, per_sample_sum
 
 
@@ -174,10 +175,13 @@ def mean_gradient(
         n: torch.zeros_like(p, dtype=accumulator_dtype(p.dtype)) for n, p in parameters.items()
     }
     batches = source.batches(batch_size)
-    with runtime.task("mean_gradient", len(source)) as task, eval_mode(model), torch.enable_grad():
+    with (
+        runtime.task("mean_gradient", len(source)) as task, eval_mode(model), torch.enable_grad(),
+        channels_last(model) as laid_out,
+    ):  # fmt: skip
         for batch in _reported(batches, task.advance):
             share = batch.total / len(source) / batch.processes
-            gradients = _batch_gradient(model, each, batch, list(parameters.values()))
+            gradients = laid_out(_batch_gradient, model, each, batch, list(parameters.values()))
             for value, g in zip(values.values(), gradients, strict=True):
                 value += share * runtime.sum(g.to(value.dtype).clone())
             runtime.cost.gradients += len(batch)
@@ -221,9 +225,12 @@ def _over_batches(
         n: torch.zeros_like(p, dtype=accumulator_dtype(p.dtype)) for n, p in parameters.items()
     }
     count = 0
-    with runtime.task(kind, samples) as task, eval_mode(model), torch.enable_grad():
+    with (
+        runtime.task(kind, samples) as task, eval_mode(model), torch.enable_grad(),
+        channels_last(model) as laid_out,
+    ):  # fmt: skip
         for batch in _reported(batches, task.advance):
-            gradients = _batch_gradient(model, each, batch, list(parameters.values()))
+            gradients = laid_out(_batch_gradient, model, each, batch, list(parameters.values()))
             for value, g in zip(values.values(), gradients, strict=True):
                 if batch.processes > 1:
                     # of a clone: the sum works in place, and autograd may share tensors

@@ -252,7 +252,7 @@ def table(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=41)
     parser.add_argument("--methods", nargs="+", default=list(OURS))
     parser.add_argument("--probe", nargs=4)
     arguments = parser.parse_args()

@@ -217,7 +217,7 @@ class CausalLM(Problem):
         prompts: Sequence[Tensor],
         *,
         tokens: int = 64,
-        batch_size: int = 32,
+        batch_size: int = 64,
         temperature: float = 0.0,
         seeds: Sequence[int] = (),
     ) -> list[Tensor]:

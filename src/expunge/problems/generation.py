@@ -24,7 +24,7 @@ def generate(
     tokens: int,
     ends: Sequence[int],
     filler: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 64,
     temperature: float = 0.0,
     seeds: Sequence[int] = (),
     context: int | None = None,

@@ -74,7 +74,8 @@ def seen(tmp_path_factory):
     summary = summarise([r for run in runs for r in run["rows"]])
     rows = [
         (sentence, " / ".join(f"{v:.3g}" for v in values), holds)
-        for sentence, values, holds in expectations((summary, runs))
+        for source in (expectations, told)
+        for sentence, values, holds in source((summary, runs))
     ]
     kept = {"seeds": SEEDS, "search": SEARCH, "methods": METHODS, "summary": summary, "runs": runs}
     write("worst_case_forget", plain(kept), rows, more=words(summary, runs))
@@ -127,7 +128,7 @@ def expectations(found):
     for rate in ("default", "100"):
         values = [searched(rate, "retrain", "UA"), random]
         yield f"Retrained UA on the searched set (step {rate}) at most a third of random", values, values[0] <= random / 3  # fmt: skip
-    for rate in ("default", "1"):
+    for rate in ("default", "100"):
         values = [searched(rate, m, "MIA") for m in ("random-label", "retrain")]
         yield f"Random labels' MIA far above the retrained model's on the searched set (step {rate})", values, values[0] >= values[1] + 10  # fmt: skip
     values = [100 * fmean(run["searches"]["100"]["overlap with low-el2n"] for run in runs)]
@@ -140,6 +141,13 @@ def expectations(found):
     yield "The objective falls tenfold (step 100)", ends, ends[1] < ends[0] / 10
     values = [100 * fmean(run["searches"]["0.01"]["overlap with its start"] for run in runs)]
     yield "The released step of 0.01 hardly moves w: the set is its random start", values, values[0] > 90  # fmt: skip
+
+
+def told(found):
+    """The same at step 1, where nearly all of the set is its random start: told, not tested."""
+    ones = [run["searches"]["1"] for run in found[1]]
+    values = [100 * fmean(one[m]["MIA"] for one in ones) for m in ("random-label", "retrain")]
+    yield "Random labels' MIA 10 points above the retrained model's at step 1 (card 22.8 / 10.5; not tested)", values, values[0] >= values[1] + 10  # fmt: skip
 
 
 test_what_must_be_seen, test_every_expectation_is_tested = must_be_seen(expectations, 9)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from expunge.audits.accuracy import Accuracy
 from expunge.audits.prediction_matrix import PredictionMatrix
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
@@ -52,3 +53,13 @@ def test_without_test_data(tables):
     (subject,) = tables(Y, None, Request(label=2), predicting())
     (found,) = PredictionMatrix().run(subject, [], Runtime())
     assert found.value is None and found.reason == "there is no test data"
+
+
+def test_comparator_invariant_4_rows_are_shares_and_the_diagonal_is_the_accuracy(subjects):
+    released = subjects[1]
+    (found,) = PredictionMatrix().run(released, subjects[2:], Runtime())
+    matrix = torch.tensor(found.detail["matrix"])
+    assert torch.equal(matrix[:3].sum(1), torch.ones(3))
+    said = {f.name: f.value for f in Accuracy().run(released, subjects[2:], Runtime())}
+    assert said["accuracy/forget-test"] == matrix[2, 2]
+    assert said["accuracy/retain-test"] == matrix.diagonal()[:2].mean() == 0.75  # not 1/2 nor 1

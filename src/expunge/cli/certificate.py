@@ -177,12 +177,12 @@ def show(
     predicate = statement["predicate"]
     for line in (predicate["title"], *predicate["says"]):
         typer.echo(line)
-    rows = [
-        (s["name"], how, digest)
-        for s in statement["subject"]
-        for how, digest in s["digest"].items()
-    ]
-    print_table("released", ("name", "hash", "value"), rows)
+    ordered = sorted(statement["subject"], key=lambda s: s["name"] != "weights")
+    rows = [(s["name"], how, digest) for s in ordered for how, digest in s["digest"].items()]
+    shown = rows if len(rows) <= 6 else rows[:1]
+    print_table("released", ("name", "hash", "value"), shown)
+    if len(rows) > len(shown):
+        typer.echo(f"and {len(rows) - len(shown)} files; --json names them")
 
 
 @key.command()

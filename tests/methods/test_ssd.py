@@ -153,6 +153,17 @@ def test_ssd_invariant_1_lambda_zero_makes_selected_weights_exactly_zero(problem
     assert zeroed + kept == sum(v.numel() for v in before.values())
 
 
+def test_corrective_invariant_5_selection_does_not_depend_on_lambda_and_no_weight_grows(problem):
+    before, moved = problem.model.state_dict(), []
+    for lam in (0.0, 0.5):
+        state, details = run(problem, SSD(alpha=2.0, lam=lam))
+        assert all(bool((v.abs() <= before[k].abs()).all()) for k, v in state.items())
+        moved.append({k: v != before[k] for k, v in state.items()})
+        assert details["selected"] == sum(int(m.sum()) for m in moved[-1].values()) > 0
+    # a selected weight has a factor below λ/α, so that it moves at both
+    assert all(torch.equal(moved[0][k], moved[1][k]) for k in before)
+
+
 # --- invariant 2: per-sample ratios are bounded -------------------------------------------------
 
 

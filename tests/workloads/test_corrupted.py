@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -100,6 +102,21 @@ def test_of_confused_classes_theirs_are_affected():
     assert found_["corrective/affected"].detail["n"] == three + five
     assert found_["corrective/affected"].value == pytest.approx(three / (three + five))
     assert found_["corrective/rest"].value == 0
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_corrective_invariant_6_the_first_layers_keep_every_bit(reset):
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 1, 6, 6), torch.arange(60) % 3
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(),
+        nn.Linear(8, 3),
+    )  # fmt: skip
+    problem = xp.Classification(model, (x, y), build=lambda: copy.deepcopy(model))
+    method = xp.methods.FineTune(train="last(2)", norm="frozen", epochs=2, lr=0.1, reset=reset)
+    found = xp.unlearn(problem, xp.forget(ids=[0, 1, 2]), method).runnable().state_dict()
+    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, found[n])}
+    assert changed == {"4.weight", "4.bias", "6.weight", "6.bias"}
 
 
 def test_corrective_invariant_7_with_all_found_retraining_is_training_on_clean_data():

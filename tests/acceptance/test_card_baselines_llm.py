@@ -1,5 +1,10 @@
 """The small-scale run of the card baselines-llm: TinyFacts, 60 steps of each loss.
 
+The card's answers are labelled with the end of the text, and so is its AUC: what ascent does to the end
+alone, which unseen answers share, tells forgotten ones apart. The audit's own AUC leaves the end out and
+stands beside it. CE-U takes the whole answer here, as the card's figures do (EM 0 of all tokens; with the
+first token left alone that one is still said).
+
 Writes benchmarks/results/baselines_llm.json and .md.
 """
 
@@ -31,7 +36,7 @@ RUNS = {
     "simnpo": lambda: M.SimNPO(**STEPS),
     "wga": lambda: M.WGA(**STEPS),
     "satimp": lambda: M.SatImp(**STEPS),
-    "ceu": lambda: M.CEU(**STEPS, alpha=1.0),
+    "ceu": lambda: M.CEU(**STEPS, alpha=1.0, skip=0),
     "undial": lambda: M.UNDIAL(**(STEPS | {"lr": 5e-4}), alpha=1.0),
     "task-vector 1": lambda: M.TaskVector(**VECTOR, strength=1.0),
     "task-vector 3": lambda: M.TaskVector(**VECTOR, strength=3.0),
@@ -41,7 +46,7 @@ VECTOR = {"epochs": 60, "lr": 5e-4, "batch_size": 20}
 
 
 def figures(subject, runtime) -> dict[str, float]:
-    """Probability and exact memorisation of forget answers, that of retain answers, and the AUC."""
+    """Probability and exact memorisation of forget answers, that of retain answers, and both AUCs."""
     found = {
         f.name: f
         for audit in (Memorisation(), TextMembership(scores=("loss",)))
@@ -52,8 +57,21 @@ def figures(subject, runtime) -> dict[str, float]:
         "probability": found["memorisation/probability-forget-train"].value,
         "forget": found["memorisation/exact-forget-train"].value,
         "retain": found["memorisation/exact-retain-train"].value,
-        "auc": auc.detail.get("auc", auc.value),
+        "auc": card_auc(subject),
+        "auc, end left out": auc.detail.get("auc", auc.value),
     }
+
+
+@torch.no_grad()
+def card_auc(subject) -> float:
+    """P(a forget answer has a smaller mean loss than an unseen one), the end of the text included."""
+    problem, losses = subject.problem, []
+    for data, ids in (
+        (problem.train, subject.splits["forget-train"]), (problem.test, problem.test.ids)
+    ):  # fmt: skip
+        losses.append(problem.each_loss(subject.model, data.fetch(ids)))
+    forget, unseen = losses
+    return float((forget[:, None] < unseen).double().mean())
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from expunge.core.data import Batch, Data
 from expunge.core.errors import DataError, NeedsError, UserError
-from expunge.core.hashing import content_key, hash_function, hash_model, hash_tensors
+from expunge.core.hashing import (
+    beside_weights,
+    content_key,
+    hash_function,
+    hash_model,
+    hash_tensors,
+)
 from expunge.core.pruned import keep_only, kept_of
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
@@ -260,17 +266,30 @@ class Problem:
         return self._hashes["model"]
 
     def fingerprint(self) -> dict[str, str | None]:
-        """Hashes of the weights and of every data set, for keys and records."""
+        """Hashes of the weights, of what trains and computes beside them, and of every data set.
+
+        The mode of a model is no part: a problem keeps its model in evaluation mode.
+        """
+        data = (self.train, self.test, self.valid)
         return {
             "kind": self.kind,
             "model": self.model_hash(),
             "mask": None if self.kept is None else hash_tensors(self.kept),
             "architecture": content_key([str(self.model), self._roles]),
+            "attributes": self._attributes(),
+            "trained parameters": content_key(_trained(self.model)),
+            "columns": content_key([None if d is None else d.described() for d in data]),
             "functions": content_key({n: hash_function(f) for n, f in self._extra.items()}),
             "train": self.train.fingerprint(),
             "test": None if self.test is None else self.test.fingerprint(),
             "valid": None if self.valid is None else self.valid.fingerprint(),
         }
+
+    def _attributes(self) -> str:
+        """What the model computes with beside its weights; read once, as a model may count its calls."""
+        if "attributes" not in self._hashes:
+            self._hashes["attributes"] = content_key(beside_weights(self.model))
+        return self._hashes["attributes"]
 
     def recipe_key(self) -> str:
         """Content key of the recipe: its own `key()`, or what it does and holds.
@@ -284,6 +303,11 @@ class Problem:
         if callable(own):
             return str(own())
         return content_key([hash_function(self.recipe), str(self.model)])
+
+
+def _trained(model: nn.Module) -> list[str]:
+    """Names of the parameters that train, one name for those that modules share."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 def run_recipe(recipe: Recipe, keep: Tensor, seed: int, runtime: Runtime) -> nn.Module:

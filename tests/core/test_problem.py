@@ -263,7 +263,9 @@ def test_frozen_parameters_and_shared_ones_are_other_problems():
     alike[1].load_state_dict(alike[0].state_dict())
     tied = nn.Sequential(alike[0], nn.Linear(2, 2))
     tied[1].weight, tied[1].bias = tied[0].weight, tied[0].bias
-    assert changed(Classification(alike, data), Classification(tied, data)) == {"trained parameters"}
+    assert changed(Classification(alike, data), Classification(tied, data)) == {
+        "trained parameters"
+    }
 
 
 def test_an_attribute_of_a_module_is_another_problem(regression):

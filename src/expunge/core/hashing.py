@@ -157,7 +157,14 @@ def hash_model(model: torch.nn.Module) -> str:
     return hash_tensors({k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)})
 
 
-_ASIDE = {"training", "name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
+_ASIDE = {
+    "training",
+    "name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+}
 """Attributes of modules and entries of configs that change no output."""
 
 

@@ -26,7 +26,7 @@ from expunge.core.hashing import (
 )
 from expunge.core.pruned import keep_only, kept_of
 from expunge.core.request import Request
-from expunge.core.runtime import Runtime
+from expunge.core.runtime import Runtime, random_restored
 
 Recipe = Callable[[Tensor, int], nn.Module]
 
@@ -80,6 +80,9 @@ class Problem:
         self.tuned = {k: dict(v) for k, v in (tuned or {}).items()}
         self._extra: dict[str, Callable[..., Any]] = {}
         self._hashes: dict[str, str] = {}
+        self.beside_models: dict[
+            str, dict[Any, Any]
+        ] = {}  # audits' subjects of other models, by request
 
     @classmethod
     def of(
@@ -156,7 +159,7 @@ class Problem:
             build = functools.partial(type(self.model), copy.deepcopy(config))
         if build is None:
             raise NeedsError("an untrained model of the same architecture is needed; pass build=")
-        with torch.random.fork_rng(devices=[]):
+        with random_restored():
             torch.manual_seed(seed)
             model = build().eval()
         shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (model, self.model)]
@@ -190,7 +193,7 @@ class Problem:
         other = copy.copy(self)
         other.model = keep_only(copy.deepcopy(model).eval(), kept)
         other.recipe, other.name, other.source = recipe, name, dict(source)
-        other._hashes = {}
+        other._hashes, other.beside_models = {}, {}
         return other
 
     def about(self, model: nn.Module, train: Data | None = None) -> Self:
@@ -207,8 +210,7 @@ class Problem:
         if not any(p.requires_grad for p in other.model.parameters()):
             other.model.requires_grad_(True)
         other.train = other.train if train is None else train
-        other.source, other._hashes = {}, {}
-        other.__dict__.pop("_original_subjects", None)  # audits' predictions of the model before
+        other.source, other._hashes, other.beside_models = {}, {}, {}
         return other
 
     def role(self, name: str) -> list[str]:
@@ -316,5 +318,6 @@ def run_recipe(recipe: Recipe, keep: Tensor, seed: int, runtime: Runtime) -> nn.
         takes = "runtime" in inspect.signature(recipe).parameters
     except (TypeError, ValueError):  # built in another language: ask for no more than the contract
         takes = False
-    made = recipe(keep, seed, runtime=runtime) if takes else recipe(keep, seed)  # type: ignore[call-arg]
+    with random_restored():  # somebody's recipe may seed whatever it likes
+        made = recipe(keep, seed, runtime=runtime) if takes else recipe(keep, seed)  # type: ignore[call-arg]
     return made.cpu()

@@ -10,7 +10,7 @@ import torch
 
 import expunge as xp
 from expunge.audits._calibration import CLIP, by_halves, by_references, log_odds
-from expunge.audits.memorised_fraction import WHATS, MemorisedFraction
+from expunge.audits.memorised_fraction import LONELY, WHATS, MemorisedFraction
 from expunge.core.audit import Subject
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
@@ -132,7 +132,8 @@ def test_calibration_makes_the_limit_sharper(made):
 
 def test_one_reference_calibrates_but_has_nobody_to_stand_beside(made):
     found = run(made(0.1, references=1), references=1)["limit"]
-    assert found.value >= 0.1 and found.reference is None and "no retrained" in found.reason
+    assert found.value >= 0.1 and found.reference is None
+    assert found.reason == LONELY and "1 retrained" in found.detail["calibration"]
 
 
 def test_few_records_are_said_to_be_few(made):
@@ -237,6 +238,14 @@ def test_kept_records_are_calibrated_by_models_of_the_other_half(monkeypatch):
     first = torch.isin(s.splits["retain-train"], given[0]).numpy()
     wanted = np.where(first, np.mean(others[2:], 0), np.mean(others[:2], 0))
     np.testing.assert_allclose(found.means(s, "retain-train"), wanted, atol=1e-5)
+    other = Subject(models[0], s.problem, s.request, Runtime())
+    again = by_halves(other, 4, Runtime(threads=1))
+    np.testing.assert_array_equal(again.means(s, "retain-train"), found.means(s, "retain-train"))
+    assert len(given) == 4, "the models of a request serve every subject"
+    by_halves(Subject(s.model, s.problem, Request(ids=(0, 1)), Runtime()), 4, Runtime(threads=1))
+    assert len(given) == 8, "those of another request are others"
+    by_halves(Subject(s.model, s.problem.about(s.model), s.request, Runtime()), 4, Runtime())
+    assert len(given) == 12, "nothing is taken from another problem"
 
 
 def test_members_may_be_kept_records():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
 import expunge as xp
-from expunge.audits.relearn_time import RelearnTime
+from expunge.audits.relearn_time import RelearnTime, median_ends
 from expunge.core.hashing import hash_model
 from expunge.core.view import Source
 
@@ -58,7 +59,7 @@ def test_what_does_not_get_there_is_capped_and_says_so():
 
 def _counts(monkeypatch, *counts):
     left = iter(counts)
-    monkeypatch.setattr(RelearnTime, "_updates", lambda *a: float(next(left)))
+    monkeypatch.setattr(RelearnTime, "_counts", lambda *a: [next(left)])
 
 
 def test_references_that_do_not_get_there_make_the_index_an_upper_bound(monkeypatch):
@@ -97,8 +98,26 @@ def test_counts_are_medians_over_orders(monkeypatch):
         return next(counts)
 
     monkeypatch.setattr(RelearnTime, "_count", count)
-    found = RelearnTime(repeats=3)._updates(blank, "forget-test", xp.Runtime())
-    assert found == 5 and orders == [0, 1, 2]
+    found = RelearnTime(repeats=3)._counts(blank, "forget-test", xp.Runtime())
+    assert found == [4, 300, 5] and orders == [0, 1, 2]
+    counts = iter([4, 300, 5] * 2)
+    assert run(blank, [], repeats=3)["updates"].value == 5
+
+
+def test_the_interval_is_that_of_a_median(monkeypatch):
+    original, blank = subjects()
+    left = iter([[9, 4, 6, 5, 7], [1], [10] * 5, [14] * 5])
+    monkeypatch.setattr(RelearnTime, "_counts", lambda *a: next(left))
+    found = run(original, [blank, blank], cap=20)
+    assert (found["updates"].low, found["updates"].value, found["updates"].high) == (4, 6, 9)
+    assert (found["ain"].low, found["ain"].high) == (4 / 12, 9 / 12)
+    assert found["updates"].detail["counts"] == [9, 4, 6, 5, 7]
+    assert median_ends([3, 1, 2, 4]) == (None, None)
+    random = np.random.default_rng(0)
+    for n, wanted in ((5, 0.9375), (6, 0.96875), (9, 0.961), (30, 0.957)):
+        ends = [median_ends(random.integers(0, 10_000, n).tolist()) for _ in range(2000)]
+        held = np.mean([low <= 4999.5 <= high for low, high in ends])
+        assert abs(held - wanted) < 0.02, (n, held)
 
 
 def test_models_are_left_alone_and_answers_repeat():

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from expunge.core.hashing import canonical, content_key, hash_model, hash_tensors, plain
+from expunge.core.hashing import (
+    beside_weights,
+    canonical,
+    content_key,
+    hash_array,
+    hash_model,
+    hash_tensors,
+    plain,
+)
 
 
 def test_canonical_json_is_one_text():
@@ -118,3 +126,34 @@ def test_a_models_hash_covers_buffers():
     before = hash_model(model)
     model.num_batches_tracked += 1
     assert hash_model(model) != before
+
+
+def test_arrays_of_any_kind_are_hashed_by_content():
+    values = [np.array([1, 2]), np.array([1.0, 2.0]), np.array(["a", "b"]), np.array(["a", None], object)]  # fmt: skip
+    keys = [hash_array(v) for v in values]
+    assert len(set(keys)) == 4 and keys == [hash_array(v.copy()) for v in values]
+    assert hash_array(np.array([[1, 2]])) != keys[0] != hash_array(np.array([2, 1]))
+    assert hash_array(torch.tensor([1, 2])) != hash_array(torch.tensor([1, 3]))
+
+
+def test_what_a_model_computes_with_beside_its_weights():
+    class Scaled(nn.Module):
+        def __init__(self, scale, unsaved, table=0.0):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+            self.scale, self.table = scale, torch.tensor([table])
+            self.register_buffer("shift", torch.tensor([unsaved]), persistent=False)
+            self.anything = object()
+
+    def key(*settings):
+        torch.manual_seed(0)
+        model = Scaled(*settings)
+        return hash_model(model), content_key(beside_weights(model))
+
+    first = key(1.0, 0.0)
+    assert key(1.0, 0.0) == first
+    for other in ((2.0, 0.0), (1.0, 3.0), (1.0, 0.0, 1.0)):
+        weights, beside = key(*other)
+        assert weights == first[0] and beside != first[1]
+    model = Scaled(1.0, 0.0)
+    assert beside_weights(model) == beside_weights(model.train()) == beside_weights(model.eval())

@@ -239,3 +239,53 @@ def test_recipes_have_keys_by_their_text(classified):
         keys.add(classified.recipe_key())
         assert classified.recipe_key() in keys
     assert len(keys) == 2
+
+
+# ------------------------------------------------------------------ fingerprints
+
+
+def changed(one, other):
+    a, b = one.fingerprint(), other.fingerprint()
+    return {name for name in a if a[name] != b[name]}
+
+
+def test_frozen_parameters_and_shared_ones_are_other_problems():
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), (torch.randn(4, 2), [0, 1, 0, 1])
+    whole = Classification(model, data)
+    model[0].weight.requires_grad_(False)
+    assert changed(whole, Classification(model, data)) == {"trained parameters"}
+    assert not changed(Classification(model, data), Classification(model.train(), data))
+    frozen = nn.Sequential(*model)
+    frozen.requires_grad_(False)  # for inference, not by design: all of it may train
+    assert not changed(whole, Classification(frozen, data))
+    alike = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    alike[1].load_state_dict(alike[0].state_dict())
+    tied = nn.Sequential(alike[0], nn.Linear(2, 2))
+    tied[1].weight, tied[1].bias = tied[0].weight, tied[0].bias
+    assert changed(Classification(alike, data), Classification(tied, data)) == {
+        "trained parameters"
+    }
+
+
+def test_an_attribute_of_a_module_is_another_problem(regression):
+    other = regression.about(regression.model)
+    other.model.temperature = 2.0
+    assert changed(regression, other) == {"attributes"}
+
+
+def test_a_model_that_counts_its_calls_stays_the_same_problem(regression):
+    before = regression.fingerprint()
+    regression.model.calls = 3
+    assert regression.fingerprint() == before
+
+
+def test_columns_and_names_are_part_of_a_problem_s_data(classified):
+    def made(**more):
+        test = Data((classified.test.fetch(classified.test.ids).x, classified.test.labels), ids=classified.test.ids, **more)  # fmt: skip
+        return Classification(classified.model, classified.train, test)
+
+    marked = made(columns={"unseen": [1, 1, 0, 0, 0, 0]})
+    assert not changed(marked, made(columns={"unseen": [1, 1, 0, 0, 0, 0]}))
+    for other in (made(columns={"unseen": [1, 0, 1, 0, 0, 0]}), made(), made(names=list("abcdef"))):
+        assert changed(marked, other) == {"columns"}

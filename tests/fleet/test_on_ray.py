@@ -13,6 +13,7 @@ from fleet_recipes import conv_norm, failing, jobs_of, mlp, problem_of, recipe_o
 
 from expunge.core.errors import ExpungeError, NeedsError, UserError
 from expunge.core.runtime import Runtime
+from expunge.fleet import on_ray
 from expunge.fleet.executors import OneByOne, executor, in_order
 from expunge.fleet.on_ray import OnRay
 from expunge.fleet.train import train_fleet
@@ -24,7 +25,7 @@ class Cluster(types.ModuleType):
 
     def __init__(self, cores=1, fail=None):
         super().__init__("ray")
-        self.cores, self.fail = cores, fail
+        self.cores, self.fail, self.gpus = cores, fail, 0
         self.up, self.calls, self.stored, self.results, self.most = False, [], {}, {}, 0
         self.cancelled = []
 
@@ -42,7 +43,7 @@ class Cluster(types.ModuleType):
         self.up = False
 
     def cluster_resources(self):
-        return {"CPU": float(self.cores)}
+        return {"CPU": float(self.cores)} | ({"GPU": float(self.gpus)} if self.gpus else {})
 
     def put(self, value):
         reference = f"object {len(self.stored)}"
@@ -109,6 +110,19 @@ def test_tasks_travel_and_come_back(cluster):
     assert [c[0] for c in cluster.calls] == ["init", "remote", "shutdown"]
     assert cluster.calls[1][1] == {"num_cpus": 1, "num_gpus": 0}
     assert "address" not in cluster.calls[0][1]
+
+
+def test_a_gpu_that_no_machine_has_is_said(cluster, monkeypatch):
+    real = on_ray.train_packed
+    monkeypatch.setattr(on_ray, "train_packed", lambda *a: real(*a[:-1], "cpu"))
+    problem = problem_of(recipe_of())
+    jobs, runtime = jobs_of(problem.train, 1), Runtime(device="cuda")
+    with pytest.raises(UserError, match="no machine of the Ray cluster has a GPU"):
+        next(OnRay().run(problem, jobs, runtime))
+    assert not cluster.up and not cluster.results, "a task was sent to wait for ever"
+    cluster.gpus = 1
+    assert len(list(OnRay().run(problem, jobs, runtime))) == 1
+    assert ("remote", {"num_cpus": 1, "num_gpus": 1}) in cluster.calls
 
 
 def test_addresses(cluster, monkeypatch):

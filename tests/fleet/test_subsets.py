@@ -10,7 +10,8 @@ import expunge as xp
 from expunge.core.errors import ExpungeError, NeedsError, SettingError
 from expunge.core.runtime import Runtime
 from expunge.fleet import together
-from expunge.fleet.subsets import random_masks, train_many, train_on_subsets
+from expunge.fleet.jobs import random_masks
+from expunge.fleet.subsets import train_many, train_on_subsets
 from expunge.fleet.together import group_size, train_together
 from expunge.train.recipe import ClassifierRecipe
 

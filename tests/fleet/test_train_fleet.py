@@ -19,7 +19,7 @@ from expunge.core.errors import NeedsError, SettingError, StoreError, UserError
 from expunge.core.hashing import content_key, hash_tensors
 from expunge.core.runtime import Runtime
 from expunge.fleet.jobs import Job, random_halves
-from expunge.fleet.references import reference, reference_key, references
+from expunge.fleet.references import reference_key, references
 from expunge.fleet.subsets import train_on_subsets
 from expunge.fleet.train import members, progress, train_fleet
 from expunge.store import Store
@@ -168,7 +168,7 @@ def test_a_reference_has_the_key_it_always_had():
     ])  # fmt: skip
     assert reference_key(problem, request, 1001) == wanted
     store = Store.temporary()
-    made = reference(problem, request, 1001, store, Runtime())
+    made = next(references(problem, request, [1001], store, Runtime()))
     found = store.get(made.run)
     assert found.key == wanted and found.kind == "reference" and not made.reused
     assert found.record["request"]["ids"] == [5, 8] and found.record["engine"] == "one-by-one"
@@ -181,7 +181,7 @@ def test_a_reference_has_the_key_it_always_had():
 @pytest.mark.parametrize("engine", [None, "together"])
 def test_references_come_in_order_and_one_at_a_time(counted, engine):
     problem, request, store = problem_of(logged), xp.forget(ids=[5, 8]), Store.temporary()
-    reference(problem, request, 3, store, Runtime())
+    list(references(problem, request, [3], store, Runtime()))
     runtime = Runtime(engine=engine)
     found = references(problem, request, [1, 2, 3, 4], store, runtime)
     first = next(found)

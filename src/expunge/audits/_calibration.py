@@ -79,6 +79,8 @@ def by_references(references: Sequence[Subject], runtime: Runtime) -> Calibratio
 def by_halves(subject: Subject, count: int, runtime: Runtime) -> Calibration:
     """Calibrate by models trained on one or the other half of the kept records; not at all without a recipe.
 
+    The models are trained once a request and kept with the problem.
+
     Args:
         subject: gives the problem and what is kept.
         count: models, half of them a side.
@@ -93,13 +95,23 @@ def by_halves(subject: Subject, count: int, runtime: Runtime) -> Calibration:
     order = torch.randperm(len(kept), generator=runtime.generator("halves"))
     first = torch.zeros(len(kept), dtype=torch.bool)
     first[order[: len(kept) // 2]] = True
-    sides: list[list[Subject]] = [[], []]
     halves = [kept[first].sort().values, kept[~first].sort().values]
-    for side in (0, 1):
-        number = max(1, count // 2)
-        seeds = [runtime.seed_for("halves", side, k) for k in range(number)]
-        for model in train_many(problem, [halves[side]] * number, seeds, runtime, "halves"):
-            sides[side].append(Subject(model, problem, subject.request, runtime))
+    number = max(1, count // 2)
+    # its predictions of a split are those of this request alone
+    key = (subject.request.key, hash_tensors({"kept": kept}), number, runtime.seed, runtime.device)
+    shared = problem.beside_models.setdefault("halves", {})
+    if key not in shared:
+        seeds = [[runtime.seed_for("halves", side, k) for k in range(number)] for side in (0, 1)]
+        shared[key] = [
+            [
+                Subject(model, problem, subject.request, runtime)
+                for model in train_many(
+                    problem, [halves[side]] * number, seeds[side], runtime, "halves"
+                )
+            ]
+            for side in (0, 1)
+        ]
+    sides: list[list[Subject]] = shared[key]
 
     def means(s: Subject, split: str) -> Array:
         ids = s.whole.splits[split]

@@ -233,7 +233,7 @@ def efficacy(
     from sklearn.svm import SVC
 
     model = (
-        SVC(C=3, gamma="auto", kernel="rbf")
+        SVC(C=3, gamma="auto", kernel="rbf", random_state=0)
         if attacker == "svc"
         else make_pipeline(StandardScaler(), LogisticRegression())
     )

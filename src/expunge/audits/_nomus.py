@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from expunge.audits._intervals import clustered, t95
+from expunge.audits._intervals import Z95, clustered, t95
 
 SPLITS, HELD_OUT = 10, 0.1
 """Shuffle splits of the attack, and the share held out in each."""
+NEWTON = 30
+"""Steps of the jackknife's fits, at most."""
+PARTS = 50
+"""Parts that people are left out in, at most."""
 
 
 @dataclass(frozen=True)
@@ -48,84 +52,138 @@ def attack(forget: np.ndarray, unseen: np.ndarray, *, standardise: bool = True) 
         standardise: bring the losses of each fit to mean 0 and variance 1, which makes M independent of
             their unit.
     """
-    return held_out(forget, unseen, standardise=standardise)[0]
+    return float(split_by_split(forget, unseen, standardise=standardise).mean())
 
 
-def held_out(
+def split_by_split(
     forget: np.ndarray, unseen: np.ndarray, *, standardise: bool = True
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """M as `attack`, and for each sample [2n] how often it was held out, and was then called rightly."""
+) -> np.ndarray:
+    """Balanced accuracy of the attack on the held-out part of each of its splits [10]; M is their mean."""
     from sklearn.model_selection import StratifiedShuffleSplit
 
     x, y = _both(forget, unseen)
     splits = StratifiedShuffleSplit(n_splits=SPLITS, test_size=HELD_OUT, random_state=0)
-    times, hits, each = np.zeros(len(y)), np.zeros(len(y)), []
+    each = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an optimiser that stops early still gives an attacker
         for fitted, tested in splits.split(x, y):
             right = _attacker(standardise).fit(x[fitted], y[fitted]).predict(x[tested]) == y[tested]
-            times[tested] += 1
-            hits[tested] += right
-            each.append([right[y[tested] == side].mean() for side in (0, 1)])
-    return float(np.mean(each)), times, hits
+            each.append(np.mean([right[y[tested] == side].mean() for side in (0, 1)]))
+    return np.asarray(each)
 
 
 def attack_interval(
-    mia: float, forget: np.ndarray, unseen: np.ndarray, groups: tuple[np.ndarray, np.ndarray],
+    forget: np.ndarray, unseen: np.ndarray, groups: tuple[np.ndarray, np.ndarray],
     *, standardise: bool = True,
 ) -> Measured:  # fmt: skip
-    r"""M with its interval: how much the attack's rights and wrongs vary from person to person.
+    r"""M with the 95 % interval of what the attack would reach against endless people of the two kinds.
 
-    Rights and wrongs are those of the held-out samples, each counted as often as it was held out (some never,
-    some several times: the ten parts together say less than all samples would). With residual sums
-    \(e_g = \sum_{i \in g} (h_i - \bar h c_i)\) of hits h and times c over the G people of a side:
-    \(\mathrm{SE}^2 = \frac{G}{G-1}\sum_g e_g^2 / (\sum_i c_i)^2\). The interval is that of the unfolded M.
+    Three things vary: who is asked about, who the attack was fitted on (the same people), and which samples the
+    ten splits hold out. The first two are one jackknife: the attack is fitted anew and asked anew without one
+    person g at a time, with weights that keep both sides equal, on all samples, as splits would add their own
+    noise G times over. With the accuracies \(a_{(g)}\) of the G people of a side s and \(m_k\) of the K splits:
+    \(\mathrm{SE}^2 = \sum_s \frac{G_s-1}{G_s}\sum_g (a_{(g)} - \bar a_{(\cdot)})^2 + \frac{1}{K(K-1)}\sum_k (m_k - M)^2\).
+    The ends are those of `effective_interval`, of the unfolded M.
 
     Args:
-        mia: M as `attack` gives it.
         forget: losses [n].
         unseen: losses [n].
-        groups: whose the samples of either side are, [n] each.
+        groups: whose the samples of either side are, [n] each; beyond 50 people on a side they are left out
+            several at a time.
         standardise: as for `attack`.
     """
+    each = split_by_split(forget, unseen, standardise=standardise)
+    mia = float(each.mean())
     if np.ptp(np.concatenate([forget, unseen])) == 0:
         return Measured(mia, mia, mia)  # whoever is asked about, there is nothing to tell by
-    _, times, hits = held_out(forget, unseen, standardise=standardise)
-    errors, degrees = [], []
-    for h, c, g in zip(np.split(hits, 2), np.split(times, 2), groups, strict=True):
-        # a weighted mean's residuals have a mean of zero, so that `clustered` squares them as they are
-        _, error, free = clustered((h - h.sum() / c.sum() * c) * len(c) / c.sum(), g)
-        errors.append(error)
-        degrees.append(free)
-    half = t95(min(degrees)) * 0.5 * math.hypot(*errors)
-    if half == 0 and mia != 0.5:
-        half = 3 / (min(degrees) + 1)  # everybody is told apart: the rule of three
-    return Measured(mia, max(0.0, mia - half), min(1.0, mia + half))
+    places = [_parts(g) for g in groups]
+    x, y = _both(forget, unseen)
+    weights = []
+    for side, own in enumerate(places):
+        for part in range(own.max() + 1):
+            kept = [np.ones(len(forget)), np.ones(len(unseen))]
+            kept[side][own == part] = 0
+            weights.append(np.concatenate([k / k.sum() for k in kept]))
+    without = _weighted(x[:, 0], y, np.stack(weights), standardise)
+    counts = [own.max() + 1 for own in places]
+    spread = each.var(ddof=1) / len(each)
+    for found, count in zip(np.split(without, [counts[0]]), counts, strict=True):
+        spread += (count - 1) * float(found.var())
+    people = min(len(np.unique(g)) for g in groups)
+    return Measured(mia, *effective_interval(mia, spread, min(counts) - 1, people))
+
+
+def effective_interval(
+    value: float, variance: float, degrees: int, people: int
+) -> tuple[float, float]:
+    r"""95 % interval of a share from its variance (Korn and Graubard 1998).
+
+    The ends of Clopper and Pearson for \(n^* = p(1-p)/\mathrm{SE}^2 \cdot (z/t_{df})^2\) samples that are
+    independent of each other, which near 0 and 1 are wider on the inner side than Student's.
+
+    Args:
+        value: the share, 0 … 1.
+        variance: SE² of it.
+        degrees: of freedom that the variance has.
+        people: how many independent ones there are at least; they stand for n* where the variance is 0.
+    """
+    from scipy.special import betaincinv
+
+    size = value * (1 - value) / variance if variance > 0 else 0.0
+    size = size * (Z95 / t95(degrees)) ** 2 if size > 0 else float(people)
+    hits = value * size
+    low = float(betaincinv(hits, size - hits + 1, 0.025)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, size - hits, 0.975)) if hits < size else 1.0
+    return min(low, value), max(high, value)
+
+
+def _parts(groups: np.ndarray) -> np.ndarray:
+    """Part of each sample [n]: one a person, or 50 of several people each."""
+    people = np.unique(groups, return_inverse=True)[1]
+    order = np.random.default_rng(0).permutation(people.max() + 1)  # names may have an order
+    return order[people] % PARTS
+
+
+def _weighted(x: np.ndarray, y: np.ndarray, weights: np.ndarray, standardise: bool) -> np.ndarray:
+    """Balanced accuracy [k] of the attack fitted and asked with each of k weights [k, n] of samples [n].
+
+    A weight's two sides sum to 1 each; the attack's penalty w²/2 stands against as many samples as have weight.
+    """
+    scale = (weights > 0).sum(1, keepdims=True) / 2
+    x = np.broadcast_to(x, weights.shape)
+    if standardise:
+        mean = (weights * x).sum(1, keepdims=True) / 2
+        sigma = np.sqrt((weights * (x - mean) ** 2).sum(1, keepdims=True) / 2)
+        x = (x - mean) / np.where(sigma > 0, sigma, 1.0)
+    w, b = _logistic(x, 2.0 * y - 1, weights * scale)
+    right = ((w[:, None] * x + b[:, None] > 0) == (y == 1)) * weights
+    return right.sum(1) / 2
 
 
 def share(values: np.ndarray, groups: np.ndarray) -> Measured:
-    """Mean of values in 0 … 1 with its interval over groups, cut at 0 and 1."""
+    """Mean of values in 0 … 1 with its interval over groups, as `effective_interval` has it."""
     mean, error, degrees = clustered(values, groups)
-    half = t95(degrees) * error
-    if half == 0:
-        half = 3 / (degrees + 1)
-    return Measured(mean, max(0.0, mean - half), min(1.0, mean + half))
+    return Measured(mean, *effective_interval(mean, error**2, degrees, degrees + 1))
 
 
 def nomus_interval(accuracy: Measured, mia: Measured, weight: float = 0.5) -> Measured:
-    r"""NoMUS with the interval of its two parts, which are of different people, put together.
+    r"""NoMUS with its 95 % interval from those of its two parts, which are of different people.
 
-    With parts \(\theta_i\) in \([l_i, u_i]\): \(\sum\theta_i - \sqrt{\sum(\theta_i-l_i)^2}\) to
-    \(\sum\theta_i + \sqrt{\sum(u_i-\theta_i)^2}\) (Zou and Donner 2008).
+    NoMUS is the smaller of \(1 - \lambda + \lambda A \mp 2(1-\lambda)(M - \tfrac12)\). Either has the interval of a
+    sum of two parts with ends of their own: \(\sum\theta_i - \sqrt{\sum(\theta_i-l_i)^2}\) to
+    \(\sum\theta_i + \sqrt{\sum(u_i-\theta_i)^2}\) (Zou and Donner 2008); of both, the smaller ends hold. (Folding M
+    first would put its truth at the very end of its interval wherever M = ½, and too few intervals would hold.)
     """
-    gaps = [abs(end - 0.5) for end in (mia.low, mia.high)]
-    least = 0.0 if mia.low <= 0.5 <= mia.high else min(gaps)
-    forgetting = Measured(1 - 2 * abs(mia.value - 0.5), 1 - 2 * max(gaps), 1 - 2 * least)
-    parts = ((weight, accuracy), (1 - weight, forgetting))
+    spent = 2 * (1 - weight)
+    down, up = weight * (accuracy.value - accuracy.low), weight * (accuracy.high - accuracy.value)
+    lower, upper = spent * (mia.value - mia.low), spent * (mia.high - mia.value)
+    lows, highs = [], []
+    for sign, inner, outer in ((-1, upper, lower), (1, lower, upper)):
+        value = 1 - weight + weight * accuracy.value + sign * spent * (mia.value - 0.5)
+        lows.append(value - math.hypot(down, inner))
+        highs.append(value + math.hypot(up, outer))
     value = nomus(accuracy.value, mia.value, weight)
-    below = math.hypot(*(w * (p.value - p.low) for w, p in parts))
-    above = math.hypot(*(w * (p.high - p.value) for w, p in parts))
-    return Measured(value, max(0.0, value - below), min(1.0, value + above))
+    return Measured(value, max(0.0, min(lows)), min(1.0, *highs))
 
 
 def cut(count: int, size: int, generator: torch.Generator) -> np.ndarray:
@@ -135,6 +193,46 @@ def cut(count: int, size: int, generator: torch.Generator) -> np.ndarray:
 
 def _both(forget: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([forget, unseen])[:, None], np.repeat([1, 0], len(forget))
+
+
+def _logistic(
+    x: np.ndarray, signs: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""Slopes and intercepts [k] that minimise \(\frac{w^2}{2} + \sum_i c_i \log(1 + e^{-s_i(wx_i+b)})\), by damped Newton.
+
+    Args:
+        x: [k, n].
+        signs: s, −1 or 1 [n].
+        weights: c [k, n].
+    """
+    w, b = np.zeros(len(x)), np.zeros(len(x))
+
+    def height(w: np.ndarray, b: np.ndarray) -> np.ndarray:
+        inside = signs * (w[:, None] * x + b[:, None])
+        return np.asarray(w**2 / 2 + (weights * np.logaddexp(0, -inside)).sum(1))
+
+    now = height(w, b)
+    for _ in range(NEWTON):
+        p = 1 / (1 + np.exp(-np.clip(w[:, None] * x + b[:, None], -500, 500)))
+        slope, curve = weights * (p - (signs > 0)), weights * p * (1 - p)
+        gw, gb = w + (slope * x).sum(1), slope.sum(1)
+        hww, hwb = 1 + (curve * x * x).sum(1), (curve * x).sum(1)
+        hbb = curve.sum(1) + 1e-12
+        det = hww * hbb - hwb**2
+        step_w, step_b = (hbb * gw - hwb * gb) / det, (hww * gb - hwb * gw) / det
+        length = np.ones(len(w))
+        for _ in range(NEWTON):
+            after = height(w - length * step_w, b - length * step_b)
+            worse = after > now
+            if not worse.any():
+                break
+            length = np.where(worse, length / 2, length)
+        length = np.where(worse, 0.0, length)
+        w, b = w - length * step_w, b - length * step_b
+        now = height(w, b)
+        if np.abs(np.concatenate([gw, gb])).max() < 1e-8 * weights.sum():
+            break
+    return w, b
 
 
 def _attacker(standardise: bool) -> Any:

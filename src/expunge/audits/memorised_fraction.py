@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ from expunge.audits._mixture_checks import (
     self_test,
     thresholds,
 )
-from expunge.audits._splits import FEWEST, one_class, unusable
+from expunge.audits._splits import FEWEST, NO_REFERENCE, one_class, unusable
 from expunge.core.audit import Audit, Finding, Subject, against
 from expunge.core.errors import DataError
 from expunge.core.needs import Card, Deviation, Needs
@@ -37,6 +37,9 @@ SMALLEST = 25
 """Non-members that a stratum needs."""
 MISFIT = 0.01
 COVERED = 0.8
+LONELY = (
+    "the one reference calibrates the scores, so none is left to compare with; give two or more"
+)
 WHATS = ("limit", "estimate", "limit-shifted", "estimate-shifted", "erased", "self-test")
 
 
@@ -142,9 +145,14 @@ class MemorisedFraction(Audit):
         if places is None:
             return [self._none(what, why or how) for what in WHATS]
         try:
-            return self._findings(subject, references, places, how, runtime)
+            found = self._findings(subject, references, places, how, runtime)
         except DataError as error:
             return [self._none(what, str(error)) for what in WHATS]
+        if self.members == "retain" or len(references) != 1:
+            return found
+        return [
+            replace(f, reason=f.reason and f.reason.replace(NO_REFERENCE, LONELY)) for f in found
+        ]
 
     def _few(self, subject: Subject, everyone: Sequence[Subject]) -> str | None:
         count = len(subject.splits["forget-train"])
@@ -344,7 +352,7 @@ def _detail(
         "paper_limit": plain.limit(TWO_SIDED),
         "fit": draws.fit,
         "p_value": draws.p_value,
-                "records": len(groups.forget),
+        "records": len(groups.forget),
         "nonmember_records": [len(g) for g in groups.out],
         "member_records": len(groups.member),
         "classify_and_count": float((groups.forget > cut).mean()),

@@ -46,7 +46,8 @@ class NoMUS(Audit):
     Forgotten and unseen are different people, who differ in more than membership: the gap of a retrained
     model is the floor of `mia`, not ½. A model that answers everything alike has M = ½ and so a score of
     \((1-\lambda) + \lambda A\), often above the original's; the score's detail says how much. Intervals are over people
-    where a column says whose a sample is, and over samples where none does.
+    where a column says whose a sample is, and over samples where none does; they know that the attack was
+    fitted to the same people it is asked about.
     """
 
     name: ClassVar[str] = "nomus"
@@ -113,7 +114,7 @@ class NoMUS(Audit):
             np.arange(n) if single or o is None else o for n, o in zip(sizes, owners, strict=True)
         )
         mia = attack_interval(
-            mine.mia, mine.forget, mine.unseen, (forget, unseen), standardise=self.standardise
+            mine.forget, mine.unseen, (forget, unseen), standardise=self.standardise
         )
         accuracy = share(mine.hits, tested)
         about = {
@@ -190,14 +191,15 @@ class NoMUS(Audit):
         value, low, high = two_sided(mia.value, mia.low, mia.high)
         # which side has the lower losses: without it, forgotten and over-forgotten look alike
         signed = [s.sided for s in (mine, before, *theirs)]
-        half = (mia.high - mia.low) / 2
+        turned = (mia.value >= 0.5) != (mine.side > 0)
+        ends = (1 - mia.high, 1 - mia.low) if turned else (mia.low, mia.high)
         folded = [0.5 + abs(t.mia - 0.5) for t in theirs]
         return Finding(
             f"{self.name}/mia", value, low=low, high=high,
             original=0.5 + abs(before.mia - 0.5),
             detail={
-                **about, "mia": mine.mia, "auc": signed[0], "auc_low": max(0.0, signed[0] - half),
-                "auc_high": min(1.0, signed[0] + half), "original_auc": signed[1],
+                **about, "mia": mine.mia, "auc": signed[0], "auc_low": ends[0],
+                "auc_high": ends[1], "original_auc": signed[1],
                 "reference_auc": float(np.mean(signed[2:])) if theirs else None,
                 "reference_auc_spread": float(np.ptp(signed[2:])) if len(theirs) > 1 else None,
                 "lower_losses": "forget" if mine.side > 0 else "unseen",

@@ -19,13 +19,15 @@ from expunge.core.data import Batch
 from expunge.core.needs import Card, Deviation, Needs
 from expunge.core.outcome import Cost
 from expunge.core.problem import Problem
-from expunge.core.runtime import Runtime
+from expunge.core.runtime import Runtime, random_restored
 from expunge.core.settings import setting
 from expunge.core.view import Source
 from expunge.train.fit import Pass, fit
 
 HELD = 256
 """Samples whose error is taken at a time."""
+LEVEL = 0.93
+"""Probability that an interval holds the median of endless orders, at least."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class RelearnTime(Audit):
     one minus the accuracy would be 0 for a good original, so there the accuracy has to reach
     \((1-\alpha)\) of the original's. `on=forget` relearns from the forgotten samples alone and `on=kept` from
     kept ones alone, which hold nothing of what was forgotten; a model that gets there all the same had
-    kept it. The detail of `updates` has the error (for classifiers the accuracy) after each update.
+    kept it. The interval is of the median over orders of the batches, by its order statistics: 94 % from the
+    five orders, 97 % from six; the references' part in the index is their spread, the floor. The detail of `updates` has the error (for classifiers the accuracy) after each update.
     """
 
     name: ClassVar[str] = "relearn-time"
@@ -96,12 +99,13 @@ class RelearnTime(Audit):
         if subject.problem.kind == "classification" and (alone := one_class(subject)):
             return [Finding(name, None, reason=alone) for name in names]
         counts = [
-            self._updates(s, split, runtime) for s in (subject, subject.original(), *references)
+            self._counts(s, split, runtime) for s in (subject, subject.original(), *references)
         ]
         failed = next((c for c in counts if isinstance(c, str)), None)
         if failed is not None:
             return [Finding(name, None, reason=failed) for name in names]
-        mine, before, *theirs = (float(c) for c in counts)
+        mine, before, *theirs = (float(np.median(np.asarray(c))) for c in counts)
+        low, high = median_ends([int(c) for c in counts[0]])
         capped = sum(r >= self.cap for r in theirs)
         detail = {
             "measured_on": split,
@@ -113,6 +117,8 @@ class RelearnTime(Audit):
             "on": self.on,
             "samples": mine * min(self.batch_size, len(self._ids(subject))),
             "accuracy": subject.problem.kind == "classification",
+            "counts": list(counts[0]),
+            "interval": None if low is None else "of the orders of the batches",
             "curve": self._curve(subject),
             "original_curve": self._curve(subject.original()),
             "reference_curves": [self._curve(r) for r in references],
@@ -120,7 +126,9 @@ class RelearnTime(Audit):
         if not theirs:
             why = "no retrained reference to compare with"
             return [
-                Finding(names[0], mine, original=before, reason=why, detail=detail),
+                Finding(
+                    names[0], mine, low=low, high=high, original=before, reason=why, detail=detail
+                ),
                 Finding(names[1], None, reason=why),
             ]
         mean = float(np.mean(theirs))
@@ -129,7 +137,9 @@ class RelearnTime(Audit):
         if here and there:
             why = f"neither this model nor all references relearnt within {self.cap} updates"
             return [
-                Finding(names[0], mine, original=before, reason=why, detail=detail),
+                Finding(
+                    names[0], mine, low=low, high=high, original=before, reason=why, detail=detail
+                ),
                 Finding(names[1], None, reason=why, detail=detail),
             ]
         said = None
@@ -141,29 +151,31 @@ class RelearnTime(Audit):
         index = f"{said}: the index is at most this" if there else said
         return [
             Finding(
-                names[0], mine, reference=mean, floor=spread, original=before, **shared,
+                names[0], mine, low=low, high=high, reference=mean, floor=spread, original=before, **shared,
                 reason=f"{said}: their mean is at least this" if there else said,
             ),
             Finding(
-                names[1], mine / mean, reference=1.0, floor=None if spread is None else spread / mean,
+                names[1], mine / mean, low=None if low is None else low / mean,
+                high=None if high is None else high / mean,
+                reference=1.0, floor=None if spread is None else spread / mean,
                 original=before / mean, reason=index, **shared,
             ),
         ]  # fmt: skip
 
-    def _updates(self, subject: Subject, split: str, runtime: Runtime) -> float | str:
-        """Median count of one model, or why there is none; kept with the subject, which is asked often."""
+    def _counts(self, subject: Subject, split: str, runtime: Runtime) -> list[int] | str:
+        """Counts of one model, one an order, or why there are none; kept with the subject, which is asked often."""
         kept: dict[Any, Any] = subject.__dict__.setdefault("_relearnt", {})
         key = (*self.in_force().items(), split, runtime.seed)
         if key not in kept:
             good = _good_enough(subject, split, self.alpha)
-            counts = []
+            counts: list[int | str] = []
             for n in range(self.repeats):
                 counts.append(self._count(subject, good, runtime, n))
                 if not n:
                     curves = subject.__dict__.setdefault("_relearning_curves", {})
                     curves[self._key()] = list(good.seen)
             failed = next((c for c in counts if isinstance(c, str)), None)
-            kept[key] = failed or float(np.median([c for c in counts if not isinstance(c, str)]))
+            kept[key] = failed or counts
         return kept[key]
 
     def _key(self) -> tuple[Any, ...]:
@@ -208,15 +220,32 @@ class RelearnTime(Audit):
             for batch in source.batches(self.batch_size, inner.generator("relearn", order, epoch)):
                 yield loss, batch
 
-        inner.seed_everything("relearn", order)
         try:
-            result = fit(
-                model, passes, runtime=inner, epochs=self.cap // per_epoch + 1,
-                lr=self.lr, step="adam", stage="relearn",
-            )  # fmt: skip
+            with random_restored():
+                inner.seed_everything("relearn", order)
+                result = fit(
+                    model, passes, runtime=inner, epochs=self.cap // per_epoch + 1,
+                    lr=self.lr, step="adam", stage="relearn",
+                )  # fmt: skip
         except _Reached:
             return min(max(done, 1), self.cap)
         return f"relearning stopped: {result.stopped}" if result.stopped else self.cap
+
+
+def median_ends(counts: Sequence[int]) -> tuple[float | None, float | None]:
+    r"""Interval of the median from its order statistics, whatever the distribution; none from fewer than five.
+
+    The k-th smallest and the k-th largest of n hold it with probability
+    \(1 - 2 P(\mathrm{Bin}(n, \tfrac12) < k)\); k is the largest with 93 %: of 5 the smallest and the largest (94 %).
+    """
+    n, below, k = len(counts), 0.0, 0
+    while True:
+        below += math.comb(n, k) / 2**n
+        if 1 - 2 * below < LEVEL:
+            break
+        k += 1
+    inside = sorted(counts)[k - 1 : n - k + 1] if k else []
+    return (float(inside[0]), float(inside[-1])) if inside else (None, None)
 
 
 class _Reached(Exception):

@@ -104,7 +104,7 @@ class Subject:
 
     def original(self) -> Subject:
         """The original model as a subject; its predictions are shared by all audits of a request."""
-        shared = self.problem.__dict__.setdefault("_original_subjects", {})
+        shared = self.problem.beside_models.setdefault("originals", {})
         key = (self.request.key, self.runtime.device)
         if key not in shared:
             shared[key] = Subject(self.problem.model, self.problem, self.request, self.runtime)

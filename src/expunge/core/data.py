@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from expunge.core.errors import DataError, RequestError
-from expunge.core.hashing import hash_tensors
+from expunge.core.hashing import content_key, hash_array, hash_tensors
 
 Inputs = Tensor | Mapping[str, Tensor]
 
@@ -335,6 +335,11 @@ class Data:
                 digest.update(hash_tensors(parts).encode())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def described(self) -> dict[str, str | None]:
+        """Hashes of the names and of each column, which audits may read."""
+        names = None if self.names is None else content_key(self.names)
+        return {"names": names} | {f"column {n}": hash_array(v) for n, v in self.columns.items()}
 
     def _item(self, position: int) -> tuple[Any, Any]:
         item = self._dataset[position]  # type: ignore[index]

@@ -1,7 +1,7 @@
 """Content hashes: one canonical JSON form, one hash for weights, one for arrays.
 
-Every cache key and every record rests on these three functions, so equal content gives equal
-keys on every machine.
+Every cache key and every record rests on these functions, so equal content gives equal keys on
+every machine.
 """
 
 from __future__ import annotations
@@ -155,3 +155,58 @@ def _held(value: Any, depth: int = 0) -> Any:
 def hash_model(model: torch.nn.Module) -> str:
     """Hash a model's state dict, parameters and buffers alike."""
     return hash_tensors({k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)})
+
+
+_ASIDE = {
+    "training",
+    "name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+}
+"""Attributes of modules and entries of configs that change no output."""
+
+
+def beside_weights(model: torch.nn.Module) -> dict[str, Any]:
+    """What a model computes with that neither its state dict nor its printed form shows.
+
+    Returns:
+        A hash of the buffers that are not saved, and by module the numbers and words among its attributes
+        (such as heads or a temperature) and the entries of a transformers config.
+    """
+    saved = model.state_dict(keep_vars=True)
+    found: dict[str, Any] = {
+        "buffers": hash_tensors({n: b for n, b in model.named_buffers() if n not in saved})
+    }
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        said = config.to_dict() if hasattr(config, "to_dict") else {}
+        found[f"module {name}"] = [_visible(vars(module)), _visible(said)]
+    return found
+
+
+def _visible(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a JSON or tensor form under a public name."""
+    kept = {}
+    for name, value in values.items():
+        if str(name).startswith("_") or name in _ASIDE:
+            continue
+        if isinstance(value, (Tensor, np.ndarray)):
+            kept[str(name)] = hash_array(value)
+            continue
+        try:
+            kept[str(name)] = plain(value)
+        except TypeError:
+            continue  # a module's parts come under their own names
+    return kept
+
+
+def hash_array(values: Tensor | np.ndarray) -> str:
+    """Hash an array of numbers, words or anything with a JSON form by type, shape and content."""
+    if isinstance(values, Tensor):
+        return hash_tensors({"value": values})
+    if values.dtype.kind == "O":
+        return content_key(values.tolist())
+    head = canonical([values.dtype.str, list(values.shape)])
+    return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()

@@ -19,7 +19,7 @@ from expunge.core.outcome import Cost, Outcome, Weights
 from expunge.core.problem import Problem
 from expunge.core.pruned import clear_pruned
 from expunge.core.request import Request
-from expunge.core.runtime import Runtime
+from expunge.core.runtime import Runtime, random_restored
 from expunge.core.settings import Configured
 from expunge.core.view import View
 
@@ -116,8 +116,8 @@ def prepare(problem: Problem, method: Method, *, runtime: Runtime | None = None)
     method.needs.check(method.name, problem)
     if method.prepares == "always":  # one preparation serves every seed
         runtime = replace(runtime, seed=0, cost=Cost())
-    runtime.seed_everything("prepare", method.name)
-    with runtime.metered() as cost:
+    with random_restored(), runtime.metered() as cost:
+        runtime.seed_everything("prepare", method.name)
         tensors = method.prepare(problem, runtime)
     return Prepared(tensors, prepared_key(problem, method, runtime), cost)
 
@@ -188,9 +188,9 @@ def unlearn(
         )
     if prepared is None and method.prepares == "always":
         prepared = prepare(problem, method, runtime=runtime)
-    runtime.seed_everything("run", method.name)
     extra = {} if prepared is None else {"prepared": prepared.tensors}
-    with runtime.metered() as cost:
+    with random_restored(), runtime.metered() as cost:
+        runtime.seed_everything("run", method.name)
         outcome = method.run(view, runtime, **extra)
     if prepared is not None:
         outcome.details["preparation"] = asdict(prepared.cost) | {"key": prepared.key}

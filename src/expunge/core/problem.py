@@ -17,10 +17,16 @@ from torch import Tensor, nn
 
 from expunge.core.data import Batch, Data
 from expunge.core.errors import DataError, NeedsError, UserError
-from expunge.core.hashing import content_key, hash_function, hash_model, hash_tensors
+from expunge.core.hashing import (
+    beside_weights,
+    content_key,
+    hash_function,
+    hash_model,
+    hash_tensors,
+)
 from expunge.core.pruned import keep_only, kept_of
 from expunge.core.request import Request
-from expunge.core.runtime import Runtime
+from expunge.core.runtime import Runtime, random_restored
 
 Recipe = Callable[[Tensor, int], nn.Module]
 
@@ -74,6 +80,9 @@ class Problem:
         self.tuned = {k: dict(v) for k, v in (tuned or {}).items()}
         self._extra: dict[str, Callable[..., Any]] = {}
         self._hashes: dict[str, str] = {}
+        self.beside_models: dict[
+            str, dict[Any, Any]
+        ] = {}  # audits' subjects of other models, by request
 
     @classmethod
     def of(
@@ -150,7 +159,7 @@ class Problem:
             build = functools.partial(type(self.model), copy.deepcopy(config))
         if build is None:
             raise NeedsError("an untrained model of the same architecture is needed; pass build=")
-        with torch.random.fork_rng(devices=[]):
+        with random_restored():
             torch.manual_seed(seed)
             model = build().eval()
         shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (model, self.model)]
@@ -184,7 +193,7 @@ class Problem:
         other = copy.copy(self)
         other.model = keep_only(copy.deepcopy(model).eval(), kept)
         other.recipe, other.name, other.source = recipe, name, dict(source)
-        other._hashes = {}
+        other._hashes, other.beside_models = {}, {}
         return other
 
     def about(self, model: nn.Module, train: Data | None = None) -> Self:
@@ -201,8 +210,7 @@ class Problem:
         if not any(p.requires_grad for p in other.model.parameters()):
             other.model.requires_grad_(True)
         other.train = other.train if train is None else train
-        other.source, other._hashes = {}, {}
-        other.__dict__.pop("_original_subjects", None)  # audits' predictions of the model before
+        other.source, other._hashes, other.beside_models = {}, {}, {}
         return other
 
     def role(self, name: str) -> list[str]:
@@ -260,17 +268,30 @@ class Problem:
         return self._hashes["model"]
 
     def fingerprint(self) -> dict[str, str | None]:
-        """Hashes of the weights and of every data set, for keys and records."""
+        """Hashes of the weights, of what trains and computes beside them, and of every data set.
+
+        The mode of a model is no part: a problem keeps its model in evaluation mode.
+        """
+        data = (self.train, self.test, self.valid)
         return {
             "kind": self.kind,
             "model": self.model_hash(),
             "mask": None if self.kept is None else hash_tensors(self.kept),
             "architecture": content_key([str(self.model), self._roles]),
+            "attributes": self._attributes(),
+            "trained parameters": content_key(_trained(self.model)),
+            "columns": content_key([None if d is None else d.described() for d in data]),
             "functions": content_key({n: hash_function(f) for n, f in self._extra.items()}),
             "train": self.train.fingerprint(),
             "test": None if self.test is None else self.test.fingerprint(),
             "valid": None if self.valid is None else self.valid.fingerprint(),
         }
+
+    def _attributes(self) -> str:
+        """What the model computes with beside its weights; read once, as a model may count its calls."""
+        if "attributes" not in self._hashes:
+            self._hashes["attributes"] = content_key(beside_weights(self.model))
+        return self._hashes["attributes"]
 
     def recipe_key(self) -> str:
         """Content key of the recipe: its own `key()`, or what it does and holds.
@@ -286,11 +307,17 @@ class Problem:
         return content_key([hash_function(self.recipe), str(self.model)])
 
 
+def _trained(model: nn.Module) -> list[str]:
+    """Names of the parameters that train, one name for those that modules share."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
 def run_recipe(recipe: Recipe, keep: Tensor, seed: int, runtime: Runtime) -> nn.Module:
     """Run a recipe, on the runtime's device if it takes a `runtime`; the model comes back on CPU."""
     try:
         takes = "runtime" in inspect.signature(recipe).parameters
     except (TypeError, ValueError):  # built in another language: ask for no more than the contract
         takes = False
-    made = recipe(keep, seed, runtime=runtime) if takes else recipe(keep, seed)  # type: ignore[call-arg]
+    with random_restored():  # somebody's recipe may seed whatever it likes
+        made = recipe(keep, seed, runtime=runtime) if takes else recipe(keep, seed)  # type: ignore[call-arg]
     return made.cpu()

@@ -301,5 +301,20 @@ class _PeakMemory:
         self._look()  # work shorter than the interval counts too
 
 
+@contextlib.contextmanager
+def random_restored() -> Iterator[None]:
+    """Give Python's, NumPy's and torch's global generators, GPUs' included, back as they were."""
+    kept = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])  # noqa: NPY002
+        torch.random.set_rng_state(kept[2])
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+
+
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()

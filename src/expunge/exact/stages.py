@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from expunge.core.data import Batch
 from expunge.core.errors import ExpungeError, ModelError
 from expunge.core.problem import Problem
-from expunge.core.runtime import Budget, Runtime, Silent
+from expunge.core.runtime import Budget, Runtime, Silent, random_restored
 from expunge.core.view import Source
 from expunge.exact import adapters
 from expunge.exact.settings import WHOLE, Settings
@@ -129,8 +129,7 @@ def train_stage(
         order = source.batches(settings.batch_size, inner.generator("batches", epoch))
         return ((loss, batch) for batch in order)
 
-    devices = [inner.device] if inner.device.startswith("cuda") else []
-    with torch.random.fork_rng(devices), inner.own_threads():
+    with random_restored(), inner.own_threads():
         inner.seed_everything("stage")
         result = fit(
             model,

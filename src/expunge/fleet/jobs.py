@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from expunge import __version__
-from expunge.core.errors import UserError
+from expunge.core.errors import SettingError, UserError
 from expunge.core.hashing import content_key, hash_tensors
 from expunge.core.outcome import Cost
 from expunge.core.problem import Problem
+from expunge.core.runtime import Runtime
 
 if TYPE_CHECKING:
     from expunge.core.request import Request
@@ -105,6 +106,25 @@ def described(job: Job) -> dict[str, Any]:
     return {"role": job.role, "samples": len(job.keep), "kept": hash_tensors({"kept": job.keep})}
 
 
+def random_masks(count: int, size: int, share: float, runtime: Runtime) -> Tensor:
+    """Masks bool [count, size], each with `round(share · size)` samples drawn without replacement.
+
+    Each row has a generator of its own: more models later leave the first ones as they are.
+
+    Raises:
+        SettingError: the share keeps no sample or all of them.
+    """
+    kept = round(share * size)
+    if not 0 < kept < size:
+        raise SettingError(
+            f"a subset of share {share:g} of {size} samples holds none or all of them"
+        )
+    masks = torch.zeros(count, size, dtype=torch.bool)
+    for row in range(count):
+        masks[row, torch.randperm(size, generator=runtime.generator("subset", row))[:kept]] = True
+    return masks
+
+
 def random_halves(
     problem: Problem, count: int, seed: int = 0, *, share: float = 0.5, first_seed: int = 1
 ) -> list[Job]:
@@ -120,9 +140,6 @@ def random_halves(
     Raises:
         SettingError: the share keeps no sample or all of them.
     """
-    from expunge.core.runtime import Runtime
-    from expunge.fleet.subsets import random_masks
-
     masks = random_masks(count, len(problem.train), share, Runtime(seed=seed))
     return [Job(problem.train.ids[mask], first_seed + k) for k, mask in enumerate(masks)]
 

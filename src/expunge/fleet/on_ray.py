@@ -44,7 +44,8 @@ class OnRay:
         """See `Executor`.
 
         Raises:
-            UserError: there is no cluster at the address, or the recipe cannot be sent there.
+            UserError: there is no cluster at the address, no GPU in it where one is asked for, or the
+                recipe cannot be sent there.
             ExpungeError: a training failed.
         """
         recipe, ray = recipe_for(problem), _ray()
@@ -62,6 +63,11 @@ class OnRay:
                     "one-by-one or together"
                 ) from error
             gpu = runtime.device.startswith("cuda")
+            if gpu and not ray.cluster_resources().get("GPU"):
+                raise UserError(  # a task would wait for one for ever
+                    f"device {runtime.device} is asked for, but no machine of the Ray cluster has a GPU; "
+                    "join one to it (ray start --num-gpus=1) or use the device cpu"
+                )
             task = ray.remote(num_cpus=1, num_gpus=int(gpu))(train_packed)
             device = "cuda" if gpu else runtime.device  # a task sees its own GPU alone
             most = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))

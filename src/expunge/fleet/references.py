@@ -41,27 +41,6 @@ def reference_key(problem: Problem, request: Request, seed: int, device: str = "
     return Job(keep, seed, "reference").key(problem, device)
 
 
-def reference(
-    problem: Problem, request: Request, seed: int, store: Store, runtime: Runtime
-) -> Reference:
-    """Return one reference, from the store or by running the recipe.
-
-    Args:
-        problem: must have a recipe.
-        request: what the reference must not have seen.
-        seed: of the recipe.
-        store: where it is looked up and kept.
-        runtime: progress.
-
-    Returns:
-        The reference.
-
-    Raises:
-        NeedsError: the problem has no recipe.
-    """
-    return next(references(problem, request, [seed], store, runtime))
-
-
 def references(
     problem: Problem,
     request: Request,

@@ -26,8 +26,7 @@ from expunge.core.hashing import content_key
 from expunge.core.problem import Problem
 from expunge.core.runtime import Runtime
 from expunge.fleet.asked import Answer, ask_many
-from expunge.fleet.jobs import Job
-from expunge.fleet.subsets import random_masks
+from expunge.fleet.jobs import Job, random_masks
 from expunge.train.losses import margin_each
 from expunge.train.recipe import SupervisedRecipe
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Data
-from expunge.core.errors import SettingError
 from expunge.core.hashing import content_key
 from expunge.core.problem import Problem
 from expunge.core.runtime import Runtime
 from expunge.fleet.asked import ask_many, needs_recipe, trained
 from expunge.fleet.executors import Executor, in_order
-from expunge.fleet.jobs import Job, fleet_keys
+from expunge.fleet.jobs import Job, fleet_keys, random_masks
 
 if TYPE_CHECKING:
     from expunge.store import Store
@@ -40,25 +39,6 @@ class Subsets:
     outputs: Tensor
     train_ids: Tensor
     ids: Tensor
-
-
-def random_masks(count: int, size: int, share: float, runtime: Runtime) -> Tensor:
-    """Masks bool [count, size], each with `round(share · size)` samples drawn without replacement.
-
-    Each row has a generator of its own: more models later leave the first ones as they are.
-
-    Raises:
-        SettingError: the share keeps no sample or all of them.
-    """
-    kept = round(share * size)
-    if not 0 < kept < size:
-        raise SettingError(
-            f"a subset of share {share:g} of {size} samples holds none or all of them"
-        )
-    masks = torch.zeros(count, size, dtype=torch.bool)
-    for row in range(count):
-        masks[row, torch.randperm(size, generator=runtime.generator("subset", row))[:kept]] = True
-    return masks
 
 
 def known_inputs(problem: Problem, validation: bool) -> list[Data]:

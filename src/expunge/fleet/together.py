@@ -19,7 +19,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from expunge.core.data import Batch
 from expunge.core.errors import ExpungeError
 from expunge.core.problem import Recipe
-from expunge.core.runtime import Runtime
+from expunge.core.runtime import Runtime, random_restored
 from expunge.fleet.stacked_layers import stackable
 from expunge.train.norm import train_mode
 from expunge.train.recipe import ClassifierRecipe, RegressorRecipe, Stopped, SupervisedRecipe
@@ -114,7 +114,7 @@ def train_together(
     assert isinstance(whole, SupervisedRecipe)
     last = recipe.last if isinstance(recipe, Stopped) else whole.epochs
     own = [whole.alone(seed, runtime) for seed in seeds]
-    with own[0].own_threads():
+    with own[0].own_threads(), random_restored():
         return _train(whole, last, keeps, own, runtime.device)
 
 

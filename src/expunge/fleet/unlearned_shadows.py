@@ -21,9 +21,8 @@ from expunge.core.problem import Problem
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.fleet.asked import Answer, ask_many
-from expunge.fleet.jobs import Job
+from expunge.fleet.jobs import Job, random_masks
 from expunge.fleet.shadows import SHARE, odds_of
-from expunge.fleet.subsets import random_masks
 
 if TYPE_CHECKING:
     from expunge.store import Store

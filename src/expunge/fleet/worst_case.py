@@ -34,7 +34,7 @@ from expunge.core.hashing import content_key, hash_model, hash_tensors
 from expunge.core.problem import Problem
 from expunge.core.pruned import kept_of
 from expunge.core.request import Request, forget
-from expunge.core.runtime import Runtime
+from expunge.core.runtime import Runtime, random_restored
 from expunge.core.settings import Configured, setting
 from expunge.train.box_simplex import Groups, largest, projected
 from expunge.train.norm import norm_layers
@@ -268,7 +268,7 @@ def _after(
     else:
         model = problem.fresh(runtime.seed_for("worst-case", "fresh", number))
     model = model.to(runtime.device)
-    with torch.random.fork_rng(devices=[]):  # for what draws within the network
+    with random_restored():  # for what draws within the network
         torch.manual_seed(runtime.seed_for("worst-case", number))
         sign_descent(
             model, problem, ids, 1 - marked, epochs=how.epochs, lr=how.lr, batch_size=how.batch_size,

@@ -10,39 +10,58 @@ from expunge.report.svg import Plot
 from expunge.report.table import number
 from expunge.report.verdict import finite
 
-LINES = [("forgetline", "this model"), ("dashline", "retrained models"), ("retain", "the original")]
+LINES = [
+    ("forgetline", "this model"),
+    ("dashline", "retrained models"),
+    ("lineof retain", "the original"),
+]
+LONGEST = 22
+"""Letters of a method's name in a figure."""
 MOST = 60
 """Points of a curve that are drawn."""
 
 
 def memorised(comparison: Comparison) -> Figure | None:
-    """Estimate and limit of the memorised share, a column a method."""
+    """Limit and estimate of the memorised share with their intervals, a line a method."""
     rows = [r for r in first_rows(comparison) if found(r, "memorised-fraction/limit")]
     if not rows:
         return None
-    wide = max(300, 70 * len(rows) + 60)
+    places = dict(zip(range(len(rows), 0, -1), rows, strict=True))
     plot = Plot(
         "Share of the forget records that is still memorised",
         "; ".join(f"{r['method']}: at most {number(_value(r))}" for r in rows),
-        (0.4, len(rows) + 0.6), (0.0, 1.0), "", "share", width=wide,
-        x_ticks=[(n, r["method"][:12]) for n, r in enumerate(rows, 1)],
+        (0.0, 1.0), (0.4, len(rows) + 0.6), "share of the records to forget", "", width=420,
+        height=60 + 28 * len(rows), grid=False, y_ticks=[(y, _brief(r["method"])) for y, r in places.items()],
     )  # fmt: skip
-    for n, row in enumerate(rows, 1):
-        finding = row["findings"]["memorised-fraction/limit"]
-        plot.bar(n, _value(row), 0.5, "forget")
-        reference = finite(finding.get("reference"))
+    for y, row in places.items():
+        limit = row["findings"]["memorised-fraction/limit"]
+        plot.beam(0.0, _value(row), y + 0.12, 0.4, "forget")
+        _whisker(plot, limit, y + 0.12)
+        reference = finite(limit.get("reference"))
         if reference is not None:
-            plot.tick_mark(n, reference, 0.7)
-        estimate = finite((found(row, "memorised-fraction/estimate") or {}).get("value"))
+            plot.upright(reference, y, 0.9)
+        estimate = found(row, "memorised-fraction/estimate")
         if estimate is not None:
-            plot.dot(n, estimate, "retain", f"{row['method']}: {number(estimate)}")
-    note = "At 95 %, no more than this share of the records to forget is still memorised: the bar ends at the limit, the dot is the estimate, the dash the limit of a retrained model, which memorised none of them. The fewer the records, the higher the limit of even the best method."
-    legend = [
-        ("forget", "limit"),
-        ("retain", "estimate"),
-        ("dashline", "limit of retrained models"),
-    ]
+            _whisker(plot, estimate, y - 0.28)
+            value = float(estimate["value"])
+            plot.dot(value, y - 0.28, "retain", f"{row['method']}: {number(value)}")
+    note = "At 95 %, no more than this share of the records to forget is still memorised: the bar ends at the limit, the dot below it is the estimate, thin lines are their intervals, the upright stroke is the limit of a retrained model, which memorised none of them. The fewer the records, the higher the limit of even the best method."
+    legend = [("forget", "limit"), ("retain", "estimate")]
+    if any(
+        finite(r["findings"]["memorised-fraction/limit"].get("reference")) is not None for r in rows
+    ):
+        legend.append(("refline", "limit of retrained models"))
     return Figure("Still memorised", note, [("", plot.svg())], legend)
+
+
+def _whisker(plot: Plot, finding: dict[str, Any], y: float) -> None:
+    low, high = finite(finding.get("low")), finite(finding.get("high"))
+    if low is not None and high is not None:
+        plot.whisker(low, high, y)
+
+
+def _brief(name: str) -> str:
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
 def recovery(comparison: Comparison) -> Figure | None:
@@ -92,10 +111,11 @@ def margins(comparison: Comparison) -> Figure | None:
             )  # fmt: skip
             plot.steps(edges, floor, "retain")
             plot.steps(edges, mine, "forget")
-            panels.append((f"{row['method']}, {split}", plot.svg()))
+            value = number(row["findings"][name]["value"])
+            panels.append((f"{row['method']}, {split}: {value}", plot.svg()))
     if not panels:
         return None
-    note = "For each sample, how far the margins of unlearned models over several seeds are from those of retrained models. Even retrained models are not at 0 among each other: that is the floor. What lies to the right of the floor differs from retraining."
+    note = "For each sample, how far the margins of unlearned models over several seeds are from those of retrained models. Even retrained models are not at 0 among each other: that is the floor. What lies to the right of the floor differs from retraining. The number is the mean."
     legend = [("forget", "unlearned models"), ("retain", "retrained models among each other (floor)")]  # fmt: skip
     return Figure("Margins over seeds (KLoM)", note, panels, legend)
 
@@ -123,9 +143,14 @@ def _curves(
         if len(at) < 2 or not every:
             continue
         top = 1.0 if y_label == "accuracy" else max(every) or 1.0
-        said = f"{row['method']}: {number(finding['value'])}"
+        counted = (
+            f"{finding['value']:g} updates" if x_label == "updates" else number(finding["value"])
+        )
+        said = f"{row['method']}: {counted}"
+        # a dot at the first update must not lie on the axis' numbers
+        first = at[0] if log_x else at[0] - 0.04 * (at[-1] - at[0])
         plot = Plot(
-            f"{title}: {row['method']}", said, (at[0], at[-1]), (min(0.0, *every), top),
+            f"{title}: {row['method']}", said, (first, at[-1]), (min(0.0, *every), top),
             x_label, y_label, width=300, log_x=log_x,
             x_ticks=[(v, f"{v:g}") for v in at] if log_x else None,
         )  # fmt: skip

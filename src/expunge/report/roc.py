@@ -38,8 +38,8 @@ def roc_curves(comparison: Comparison) -> Figure | None:
         return None
     legend = [("forgetline", "this model or method")]
     legend += [("dashline", "retrained models")] if "dashed" in styles else []
-    legend += [("retain", "the original")] if "retain" in styles else []
-    legend += [("nonmember", "guessing")]
+    legend += [("lineof retain", "the original")] if "retain" in styles else []
+    legend += [("lineof nonmember", "guessing")]
     note = "Share of the forgotten samples that an attack with shadow models calls while it calls so few of the samples never seen; both axes are logarithmic. A good method lies where retrained models lie, next to guessing. Far above on the left, a few samples are known for sure, which an average hides. The number is the two-sided AUC."
     return Figure("Attacks at few false alarms (ROC)", note, panels, legend)
 
@@ -54,7 +54,7 @@ def _panel(title: str, row: Row, name: str, curve: Mapping[str, Any]) -> tuple[s
         f"ROC: {title}",
         f"Samples that look {side} like training data are called. "
         + "; ".join(f"{t:.2f} at {f:.2g}" for f, t in _few(rates, own)),
-        (least, 1.0), (floor, 0.0), "false alarms", "true alarms", width=300, height=240, log_x=True,
+        (least, 1.0), (floor, 0.0), "false alarms (share)", "true alarms (share)", width=300, height=240, log_x=True,
         x_ticks=[(m, short(m)) for m in marks], y_ticks=[(math.log10(m), short(m)) for m in marks],
     )  # fmt: skip
     used = set()

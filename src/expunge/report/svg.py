@@ -111,6 +111,29 @@ class Plot:
             f'height="{max(base - top, 0):.1f}" class="bar {style}"/>'
         )
 
+    def beam(self, start: float, end: float, y: float, height: float, style: str) -> None:
+        """Draw a lying bar from `start` to `end`, `height` in data units around `y`."""
+        left, right = self.px(start), self.px(end)
+        top, base = self.py(y + height / 2), self.py(y - height / 2)
+        self.marks.append(
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{max(right - left, 0):.1f}" '
+            f'height="{base - top:.1f}" class="bar {style}"/>'
+        )
+
+    def whisker(self, low: float, high: float, y: float) -> None:
+        """Draw a lying interval with ends."""
+        left, right, at = self.px(low), self.px(high), self.py(y)
+        self.marks.append(
+            f'<path d="M{left:.1f},{at - 3:.1f}v6m0,-3H{right:.1f}m0,-3v6" class="whisker" fill="none"/>'
+        )
+
+    def upright(self, x: float, y: float, height: float) -> None:
+        """Draw a short upright line: the reference of a lying bar."""
+        at, top, base = self.px(x), self.py(y + height / 2), self.py(y - height / 2)
+        self.marks.append(
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{base:.1f}" class="ref"/>'
+        )
+
     def tick_mark(self, x: float, y: float, width: float) -> None:
         """Draw a short horizontal line: the reference beside a bar."""
         left, right = self.px(x - width / 2), self.px(x + width / 2)

@@ -213,7 +213,7 @@ def on_validation(problem: Problem) -> Problem:
         return problem
     judged = copy.copy(problem)
     judged.test, judged._hashes = problem.valid, {}
-    vars(judged).pop("_original_subjects", None)  # they hold outputs on the test data
+    judged.beside_models = {}  # they hold outputs on the test data
     return judged
 
 

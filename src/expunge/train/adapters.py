@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from expunge.core.errors import ModelError, NeedsError, SettingError
 from expunge.core.outcome import Adapter
 from expunge.core.pruned import kept_of
+from expunge.core.runtime import random_restored
 from expunge.train.masks import Roles, parse
 
 _CONFIG = "config.json"
@@ -193,7 +194,7 @@ def _inject(model: nn.Module, config: Mapping[str, Any], seed: int) -> nn.Module
         from peft import inject_adapter_in_model
     except ImportError as error:
         raise NeedsError("train=lora needs peft; pip install 'expunge[llm]'") from error
-    with torch.random.fork_rng(devices=[]):
+    with random_restored():
         torch.manual_seed(seed)
         inject_adapter_in_model(
             _peft_config(config["rank"], config["alpha"], config["modules"]), model

@@ -17,7 +17,7 @@ from expunge.core.data import Batch, Data
 from expunge.core.errors import ExpungeError
 from expunge.core.hashing import content_key
 from expunge.core.pruned import keep_only
-from expunge.core.runtime import Runtime
+from expunge.core.runtime import Runtime, random_restored
 from expunge.core.view import Source
 from expunge.problems.supervised import call
 from expunge.train.fit import Pass, fit
@@ -86,7 +86,7 @@ class SupervisedRecipe:
 
     def initial(self, seed: int) -> nn.Module:
         """Return the untrained model that a training with this seed starts from."""
-        with torch.random.fork_rng(devices=[]):
+        with random_restored():
             torch.manual_seed(Runtime(seed=seed).seed_for("build"))
             return self.build()
 
@@ -157,7 +157,7 @@ class SupervisedRecipe:
                         yield whole, batch
                     done += 1
 
-        with inner.metered():
+        with inner.metered(), random_restored():
             inner.seed_everything("build")
             model = self.build().to(inner.device)
             if start is not None:
@@ -220,9 +220,7 @@ class SupervisedRecipe:
 
     def key(self) -> str:
         """Content key: settings, the network's layout and the data's hash."""
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a name alone does not tell one lambda from another
+        with random_restored():  # a name alone does not tell one lambda from another
             model = self.build()
         shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         return content_key([self.settings(), str(model), shapes, self.data.fingerprint()])

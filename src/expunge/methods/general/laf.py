@@ -27,7 +27,7 @@ from expunge.core.needs import Card, Deviation, Labels, Needs
 from expunge.core.outcome import Outcome
 from expunge.core.problem import Problem
 from expunge.core.request import Request
-from expunge.core.runtime import Runtime
+from expunge.core.runtime import Runtime, random_restored
 from expunge.core.settings import setting
 from expunge.core.view import View
 from expunge.train.features import Features, original_features
@@ -134,7 +134,7 @@ class LAF(Training):
         self, stages: Stages, name: str, known: Features, ids: Tensor, runtime: Runtime
     ) -> VAE:
         """A VAE of the original's features of some samples, trained and frozen."""
-        with torch.random.fork_rng(devices=[]):
+        with random_restored():
             torch.manual_seed(runtime.seed_for(name))
             vae = VAE(known.values.shape[1], self.latent, self.decoder)
 

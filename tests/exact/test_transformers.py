@@ -108,3 +108,23 @@ def test_a_language_model_trains_no_head(tmp_path):
     assert torch.equal(
         xp.Sharded.load(tmp_path, problem).predict(batch.x), sharded.predict(batch.x)
     )
+
+
+def test_an_ensemble_of_language_models_answers(tmp_path):
+    """Greedy answers with every member's own cache are those of the mean logits, token by token."""
+    data = texts()
+    problem = xp.CausalLM(language_model(), data)
+    sharded = train(tmp_path, problem, **HOW)
+    model = sharded.module()
+    assert len(model.members) == 2
+    prompts = [row.ids[:3] for row in data.rows[:4]] + [data.rows[4].ids[:5]]
+    found = problem.generate(model, prompts, tokens=6, batch_size=2)
+    alone = problem.generate(model.members[0], prompts, tokens=6, batch_size=2)
+    for prompt, said in zip(prompts, found, strict=True):
+        whole = prompt
+        for token in said.tolist():
+            mask = torch.ones(1, len(whole), dtype=torch.long)
+            logits = model(input_ids=whole[None], attention_mask=mask)[0, -1]
+            assert logits.argmax() == token
+            whole = torch.cat([whole, torch.tensor([token])])
+    assert any(not torch.equal(a, b) for a, b in zip(found, alone, strict=True))

@@ -75,6 +75,68 @@ def test_a_request_from_submission_to_certificate(service, app, tmp_path):
     assert call.get("/requests?state=failed").json() == []
 
 
+HTML, PDF, JSON = "text/html; charset=utf-8", "application/pdf", "application/json"
+
+
+@pytest.mark.parametrize(("suffix", "accept", "kind"), [
+    ("", "*/*", JSON), ("", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", HTML),
+    ("", "application/pdf", PDF), ("", "application/json;q=0.4, application/pdf;q=0.5", PDF),
+    ("", "text/*", HTML), ("", "*/*;q=0.1, application/json;q=0, text/html", HTML), ("", "image/png", JSON),
+    ("", "text/html;q=x, application/pdf;q=0.001", PDF), (".html", "application/json", HTML), (".pdf", "*/*", PDF),
+])  # fmt: skip
+def test_a_certificate_is_a_page_for_people_too(service, app, suffix, accept, kind):
+    pytest.importorskip("typst") if kind == PDF else None
+    call = client(app)
+    one = call.post("/requests", json={"model": "fake", "ids": [1, 2]}).json()["id"]
+    path = f"/requests/{one}/certificate{suffix}"
+    assert call.get(path, headers={"Accept": accept}).status_code == 404  # not released yet
+    step_until_done(service)
+    found = call.get(path, headers={"Accept": accept})
+    assert found.status_code == 200 and found.headers["content-type"] == kind
+    assert (
+        found.headers["vary"] == "Accept" and found.headers["x-content-type-options"] == "nosniff"
+    )
+    assert "default-src 'none'" in found.headers["content-security-policy"]
+    ending = {HTML: "html", PDF: "pdf", JSON: "json"}[kind]
+    assert found.headers["content-disposition"].endswith(f'"certificate-{one}.{ending}"')
+    if kind == PDF:
+        assert found.content.startswith(b"%PDF-")
+    if kind == HTML:
+        assert one in found.text and "<script" not in found.text and "verify FILE" in found.text
+        from expunge.report.certificate import fingerprint
+
+        assert fingerprint(service.get(one)["certificate"]) in found.text  # drawn from this one
+
+
+@pytest.mark.parametrize("path", ["certificate", "certificate.html", "certificate.pdf"])
+def test_its_pages_need_the_token_as_it_does(service, path):
+    app = create_app(service, TOKEN)
+    right = client(app, ELSEWHERE, Authorization=f"Bearer {TOKEN}")
+    one = right.post("/requests", json={"model": "fake", "ids": [1]}).json()["id"]
+    step_until_done(service)
+    for address in (LOOPBACK, ELSEWHERE):
+        answer = client(app, address).get(f"/requests/{one}/{path}")
+        assert answer.status_code == 401 and one not in answer.text
+    assert client(create_app(service), ELSEWHERE).get(f"/requests/{one}/{path}").status_code == 401
+    assert right.get(f"/requests/{one}/{path}").status_code == 200
+    assert right.get(f"/requests/../{path}").status_code in (404, 422)
+
+
+def test_without_typst_a_pdf_is_not_acceptable(service, app, monkeypatch):
+    import sys
+
+    from expunge.service import pages
+
+    pages._drawn.cache_clear()
+    monkeypatch.setitem(sys.modules, "typst", None)
+    call = client(app)
+    one = call.post("/requests", json={"model": "fake", "ids": [1]}).json()["id"]
+    step_until_done(service)
+    answer = call.get(f"/requests/{one}/certificate.pdf")
+    assert answer.status_code == 406 and "expunge[pdf]" in answer.json()["detail"]
+    assert call.get(f"/requests/{one}/certificate.html").status_code == 200
+
+
 def test_what_was_asked_is_nowhere_in_the_answers(service, app):
     call = client(app)
     sent = {"model": "fake", "ids": ["Alice Smith", 987654]}

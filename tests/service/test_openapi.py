@@ -37,7 +37,7 @@ def fuzzed(tmp_path_factory):
     service.close()
 
 
-OPERATIONS = 15
+OPERATIONS = 17
 
 
 @pytest.mark.parametrize("number", range(OPERATIONS))
@@ -65,7 +65,8 @@ def test_the_document_describes_every_route(service):
     assert found == {
         ("post", "/requests"), ("get", "/requests"), ("get", one), ("get", f"{one}/plan"),
         ("post", f"{one}/approve"), ("post", f"{one}/cancel"), ("get", f"{one}/events"),
-        ("get", f"{one}/certificate"), ("get", "/ledger"), ("get", "/keys"), ("get", "/models"),
+        ("get", f"{one}/certificate"), ("get", f"{one}/certificate.html"),
+        ("get", f"{one}/certificate.pdf"), ("get", "/ledger"), ("get", "/keys"), ("get", "/models"),
         ("post", "/predict"), ("get", "/health"), ("get", "/ready"), ("get", "/metrics"),
     }  # fmt: skip
     for path, verbs in document["paths"].items():

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import sqlalchemy as sa
 import stepping
 from stepping import run_batch, step_until_done
 
 import expunge as xp
 from expunge.core.errors import ExpungeError, RequestError
 from expunge.report.certificate import statement_of
-from expunge.service import batches, ledger, requests, states, steps, versions
+from expunge.report.keys import Keys
+from expunge.service import batches, ledger, requests, states, steps, tables, versions
 from expunge.service.errors import Conflict, NotFound, Reused
 from expunge.service.service import Service
 
@@ -451,3 +453,127 @@ def test_a_version_that_went_away_while_it_was_read_is_tried_again(service, monk
     assert (
         again(StoreError("there is no model")) and again(OSError()) and not again(RequestError("x"))
     )
+
+
+# ------------------------------------------------------------------ a key that signs, and parts of a large request
+
+
+def without_key(service):
+    keys = Keys(service.keys)
+    keys.revoke(keys.signer().id, "lost")
+    return keys
+
+
+def test_while_no_key_can_sign_requests_wait_and_say_so(service):
+    done = submit(service, ids=[1])
+    step_until_done(service)
+    keys = without_key(service)
+    one, withdrawn, covered = (submit(service, ids=ids) for ids in ([2, 3], [4], [1]))
+    for request in (one, withdrawn):
+        assert steps.resolve(service, request)
+        steps.plan(service, request)
+    before = len(entries(service))
+    assert steps.resolve(service, covered) is None  # its answer alone would need a signature
+    (batch,) = waiting(service)
+    for _ in range(2):  # as often as the workflow looks
+        assert steps.claim(service, batch) == {"waits": True}
+    for request, state in ((one, "planned"), (withdrawn, "planned"), (covered, "received")):
+        row = service.get(request)
+        assert row["state"] == state and "waits for a key" in row["error"]
+        assert str(service.keys) not in row["error"]
+    assert len(entries(service)) == before  # nothing happened that the ledger would tell
+    assert service.public_keys()["keys"][0]["revoked"]  # can still be read
+    assert service.cancel(withdrawn)["error"] is None
+    new = keys.create()
+    step_until_done(service)
+    for request in (one, covered):
+        row = service.get(request)
+        assert row["state"] == "released" and row["error"] is None
+        assert row["certificate"]["signatures"][0]["keyid"] == new.id
+    assert (
+        service.get(done)["state"] == "released" and service.get(withdrawn)["state"] == "cancelled"
+    )
+
+
+def test_a_key_that_is_revoked_under_way_keeps_the_old_version_in_force(service):
+    submit(service, ids=[1])
+    step_until_done(service)
+    one = submit(service, ids=[2])
+    assert steps.resolve(service, one)
+    steps.plan(service, one)
+    (batch,) = waiting(service)
+    assert steps.claim(service, batch)["requests"] == [one]
+    made = steps.forget(service, batch, "policy")
+    found = steps.audit(service, batch, "policy")
+    keys, before = without_key(service), service.current("fake")
+    assert steps.release(service, batch, "policy", made, found) == {"waits": True}
+    row = service.get(one)
+    assert row["state"] == "running" and "waits for a key" in row["error"]
+    assert service.current("fake") == before
+    keys.create()
+    assert steps.release(service, batch, "policy", made, found)["version"] == 2
+    assert service.get(one)["state"] == "released" and service.get(one)["error"] is None
+
+
+def holding(policy, more):
+    policy.write_text(
+        policy.read_text().replace(
+            '[models.fake]\nkind = "custom"\n', f'[models.fake]\nkind = "custom"\n{more}\n'
+        )
+    )
+    return Service(policy, patience=5)
+
+
+def test_a_large_request_does_not_pass_in_small_parts(policy):
+    service = holding(policy, "hold_above = 5")
+    parts = [submit(service, ids=[3 * n, 3 * n + 1, 3 * n + 2]) for n in range(3)]
+    small = submit(service, ids=[100])
+    step_until_done(service)
+    states_ = [service.get(one)["state"] for one in parts]
+    # in the order in which they were planned: 3, then 6 with it
+    assert sorted(states_) == ["planned", "planned", "released"]
+    held = next(one for one in parts if service.get(one)["state"] == "planned")
+    assert service.get(held)["hold"] and history_notes(service, held)[-1]["recent"] >= 3
+    assert service.get(small)["state"] == "released"  # 4 in all
+    service.approve(held, by="me")
+    step_until_done(service)
+    assert service.get(held)["state"] == "released"
+    # what somebody has looked at is not counted; one more makes 5
+    fifth, sixth = submit(service, ids=[200]), submit(service, ids=[201])
+    step_until_done(service)
+    assert sorted(service.get(one)["state"] for one in (fifth, sixth)) == ["planned", "released"]
+    other = submit(service, model="held", ids=[1])  # another model's own
+    step_until_done(service)
+    assert "recent" not in history_notes(service, other)[-1]
+    service.close()
+
+
+def test_withdrawn_and_old_requests_are_not_counted(policy, monkeypatch):
+    service = holding(policy, "hold_above = 5\nhold_hours = 1")
+    gone = submit(service, ids=[1, 2, 3, 4])
+    assert steps.resolve(service, gone)
+    steps.plan(service, gone)
+    service.cancel(gone)
+    first, second = submit(service, ids=[5, 6, 7, 8]), submit(service, ids=[9, 10, 11])
+    step_until_done(service)
+    ended = {service.get(one)["state"]: one for one in (first, second)}
+    assert set(ended) == {"released", "planned"}
+    service.database.write(
+        lambda c: c.execute(
+            sa.update(tables.requests).values(created="2020-01-01T00:00:00.000+00:00")
+        )
+    )
+    third = submit(service, ids=[12, 13, 14, 15, 16])
+    step_until_done(service)
+    assert service.get(third)["state"] == "released"
+    service.close()
+
+
+def test_each_request_by_itself(policy):
+    service = holding(policy, "hold_above = 2\nhold_hours = 0")
+    ones = [submit(service, ids=[2 * n, 2 * n + 1]) for n in range(4)]
+    large = submit(service, ids=[50, 51, 52])
+    step_until_done(service)
+    assert all(service.get(one)["state"] == "released" for one in ones)
+    assert service.get(large)["state"] == "planned"
+    service.close()

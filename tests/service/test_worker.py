@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 import expunge as xp
+from expunge.report.keys import Keys
 from expunge.service import requests
 from expunge.service import worker as module
 from expunge.service.tables import workers
@@ -47,6 +48,18 @@ def test_a_worker_carries_requests_out_and_looks_after_others(service, running, 
     """One worker for several looks: starting the engine takes a while."""
     one = service.submit("fake", xp.forget(ids=[1]))[0]["id"]
     assert wait(service, one)["state"] == "released"
+
+    # without a key to sign with, requests wait; they go on as soon as there is one
+    keys = Keys(service.keys)
+    keys.revoke(keys.signer().id)
+    one = service.submit("fake", xp.forget(ids=[2]))[0]["id"]
+    deadline = time.monotonic() + 60
+    while not service.get(one)["error"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert service.get(one)["state"] == "planned" and "waits" in service.get(one)["error"]
+    keys.create()
+    assert wait(service, one)["state"] == "released" and service.get(one)["error"] is None
 
     # of this machine: dead as soon as its lock is free, however fresh its last sign of life
     folder = service.policy.folder / "workers"

@@ -12,6 +12,7 @@ from expunge.cli import (
     audits,
     certificate,
     demo,
+    exact,
     forget_sets,
     ledger,
     methods,
@@ -48,6 +49,7 @@ app.add_typer(audits.app, name="audits")
 app.add_typer(workloads.app, name="workloads")
 app.add_typer(suite.app, name="suite")
 app.add_typer(runs.app, name="runs")
+app.add_typer(exact.app, name="exact")
 app.add_typer(requests.app, name="requests")
 app.command("worker")(service.worker)
 app.command("serve")(service.serve)

@@ -160,6 +160,20 @@ class Adapter(Change):
         return importlib.import_module("expunge.train.adapters").put_on(model, self.tensors)
 
 
+@dataclass(frozen=True)
+class Shards(Change):
+    """The stages a sharded model serves on its backbone, whose own weights keep every bit.
+
+    Beside the stages' tensors it holds the settings that put them together, as the bytes of a JSON text.
+    """
+
+    kind: ClassVar[str] = "shards"
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Return the ensemble of the live shards on copies of `model`."""
+        return importlib.import_module("expunge.exact.change").put_on(model, self.tensors)
+
+
 WRAPPERS = {
     "shifted-logits": "expunge.methods.general.dm_direct:ShiftedLogits",
     "lowered-logits": "expunge.methods.text.whp:LoweredLogits",
@@ -184,7 +198,7 @@ def unguarded(model: nn.Module) -> nn.Module:
     return model
 
 
-CHANGES: dict[str, type[Change]] = {c.kind: c for c in (Weights, Delta, Wrapper, Adapter)}
+CHANGES: dict[str, type[Change]] = {c.kind: c for c in (Weights, Delta, Wrapper, Adapter, Shards)}
 
 
 @dataclass

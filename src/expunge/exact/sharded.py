@@ -26,12 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Inputs, map_inputs
-from expunge.core.errors import ExpungeError, ModelError, NeedsError, SettingError, StoreError
+from expunge.core.errors import ExpungeError, NeedsError, SettingError, StoreError
 from expunge.core.hashing import hash_model
+from expunge.core.outcome import Outcome
 from expunge.core.problem import Problem
+from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.exact import manifest as manifests
 from expunge.exact.asked import Asked, resolve
+from expunge.exact.backbone import backbone_for
+from expunge.exact.change import outcome_of
 from expunge.exact.ensemble import Ensemble
 from expunge.exact.folder import Folder, Live
 from expunge.exact.index import digests
@@ -51,16 +55,16 @@ class Sharded:
     the slices that samples were deleted from. Several processes may use one folder.
     """
 
-    def __init__(self, folder: str | Path, base: nn.Module, problem: Problem | None) -> None:
+    def __init__(self, folder: str | Path, base: nn.Module | None, problem: Problem | None) -> None:
         """Open a folder; use `train` or `load`.
 
         Args:
             folder: of the model.
-            base: what its stages build on.
+            base: what its stages build on; None if it is not to be served.
             problem: gives the data where requests speak of more than ids, and for retraining.
         """
         self._folder, self._problem = Folder(folder), problem
-        self._base = copy.deepcopy(base).cpu().requires_grad_(False).eval()
+        self._base = base and copy.deepcopy(base).cpu().requires_grad_(False).eval()
         self._lock = threading.RLock()
         self._samples: dict[int, str] = {}  # digests of the data, once they are asked for
         self._members: dict[tuple[str, ...], nn.Module] = {}
@@ -107,14 +111,15 @@ class Sharded:
         return cls(folder, base, problem)
 
     @classmethod
-    def load(cls, folder: str | Path, backbone: nn.Module | Problem) -> Sharded:
+    def load(cls, folder: str | Path, backbone: nn.Module | Problem | None = None) -> Sharded:
         """Open a trained model.
 
         Args:
             folder: of `train` or `save`.
             backbone: the network that training started from (of one that started fresh, any of the same
                 architecture), or the problem; that also gives data for requests by label or condition,
-                for requests by name, and for retraining.
+                for requests by name, and for retraining. Without it the model is not served, but
+                deletes by ids, since that only switches stages off.
 
         Returns:
             The model as the last deletion left it.
@@ -124,17 +129,7 @@ class Sharded:
             ModelError: it was trained on another backbone.
         """
         problem = backbone if isinstance(backbone, Problem) else None
-        base = copy.deepcopy(backbone.model if isinstance(backbone, Problem) else backbone)
-        at = Folder(folder)
-        named = Now.read(at).manifest["backbone"]
-        if named["stored"]:
-            try:
-                base.load_state_dict(at.get(named["stored"]["tensors"]))
-            except RuntimeError as error:
-                raise ModelError("the model in the folder has another architecture") from error
-        if hash_model(base) != named["hash"]:
-            raise ModelError("the model in the folder was trained on another backbone")
-        found = cls(folder, base, problem)
+        found = cls(folder, backbone_for(Folder(folder), backbone), problem)
         found._sweep()
         return found
 
@@ -203,13 +198,10 @@ class Sharded:
                     self._folder.erase(digest)
                 self._drop_outdated(after)
         return Deleted(
-            plan=found,
-            weights_before=now.weights,
-            weights_after=after.weights,
-            manifest=after.live.manifest,
-            seconds=time.perf_counter() - start,
+            plan=found, weights_before=now.weights, weights_after=after.weights,
+            manifest=after.live.manifest, seconds=time.perf_counter() - start,
             changed=after is not now,
-        )
+        )  # fmt: skip
 
     def status(self) -> Status:
         """Say what is served and how long it is expected to last."""
@@ -248,7 +240,7 @@ class Sharded:
             NeedsError: the model was loaded without its problem.
             DataError: a shard has fewer samples left than slices.
         """
-        if self._problem is None:
+        if self._problem is None or self._base is None:
             raise NeedsError("retraining needs the data; load the model with its problem")
         with self._folder.locked("training", 1.0):
             now = self._refreshed()
@@ -277,6 +269,15 @@ class Sharded:
             ExpungeError: no shard is alive.
         """
         return self._ensemble().apart()
+
+    def outcome(self, request: Request, done: Deleted | None = None) -> Outcome:
+        """What is served now as the outcome of a request: to audit, compare, `save` and `xp.load`.
+
+        Args:
+            request: what was asked to be forgotten.
+            done: of `forget`, for the record and the cost.
+        """
+        return outcome_of(self, request, done)
 
     def _ensemble(self) -> Ensemble:
         with self._lock:
@@ -338,7 +339,8 @@ class Sharded:
     def verify(self) -> list[str]:
         """Compare every file with the manifest, and the backbone with its hash; see `verify_folder`."""
         said = verify_folder(self._folder.path)
-        if hash_model(self._base) != self._now.manifest["backbone"]["hash"]:
+        named = self._now.manifest["backbone"]["hash"]
+        if self._base is not None and hash_model(self._base) != named:
             said.append("the backbone in memory is not the one the manifest names")
         return said
 
@@ -349,6 +351,8 @@ class Sharded:
         return Slots.read(self._now.manifest["slots"])
 
     def _member(self, chain: tuple[str, ...], now: Now) -> nn.Module:
+        if self._base is None:
+            raise NeedsError("serving needs the backbone; load the model with it")
         how = Settings.create(now.manifest["settings"])
         stages = [self._folder.get(d) for d in chain]
         return served(self._base, how, Slots.read(now.manifest["slots"]), stages)
@@ -358,12 +362,8 @@ class Sharded:
             asked, now.index, now.live.deleted, self._problem, now.manifest.get("named", False)
         )
         made, state = plan(
-            now.state,
-            found.located,
-            already=found.already,
-            unknown=found.unknown,
-            outside=found.outside,
-        )
+            now.state, found.located, already=found.already, unknown=found.unknown, outside=found.outside
+        )  # fmt: skip
         return made, state, found.places
 
     def _refresh(self) -> Now:

@@ -72,7 +72,7 @@ def train_all(
         tensors, file = folder.put(index.tensors())
         made = {
             "format": manifests.FORMAT, "created": manifests.now(), "packages": manifests.versions(),
-            "runtime": runtime.describe(), "problem": {"kind": problem.kind, "name": problem.name},
+            "runtime": runtime.describe(), "problem": {"kind": problem.kind, "name": problem.name, "source": _source(problem)},
             "backbone": backbone, "settings": how.in_force(), "slots": slots.to_dict(), "seed": seed,
             "index": {"tensors": tensors, "file": file}, "shards": shards, "previous": None,
             "named": problem.train.names is not None,
@@ -155,6 +155,12 @@ def _start(
     tensors, file = folder.put(base.state_dict())
     stored = {"tensors": tensors, "file": file}
     return base, {"start": "fresh", "hash": hash_model(base), "stored": stored}
+
+
+def _source(problem: Problem) -> dict[str, Any] | None:
+    """How to make a bundled problem again; paths of somebody's machine do not go into a manifest."""
+    known = problem.source.get("kind") == "workload"
+    return {k: problem.source[k] for k in ("kind", "workload")} if known else None
 
 
 def _index(problem: Problem, how: Settings, seed: int, folder: Folder) -> Index:

@@ -15,8 +15,7 @@ from starlette.background import BackgroundTask
 
 from expunge import __version__
 from expunge.core.errors import ExpungeError, UserError
-from expunge.report.certificate import text
-from expunge.service import events, ledger, requests
+from expunge.service import events, ledger, pages, requests
 from expunge.service.auth import TokenAuth
 from expunge.service.bodies import (
     IDENTIFIER,
@@ -60,6 +59,9 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
         429: "too many calls",
         503: "the database or the model cannot be reached now",
     }.items()
+}
+UNMADE: dict[int | str, dict[str, Any]] = {
+    406: {"model": Problem, "description": "this service makes no PDF"}
 }
 
 
@@ -187,16 +189,27 @@ def _requests(app: FastAPI, service: Service) -> None:
 
 
 def _documents(app: FastAPI, service: Service) -> None:
-    @app.get("/requests/{identifier}/certificate", tags=["evidence"],
-             responses={200: {"description": "a DSSE envelope", "content": {"application/json": {}}}})  # fmt: skip
-    def certificate(identifier: Identifier) -> Response:
-        """The signed certificate of a released request."""
+    @app.get("/requests/{identifier}/certificate", tags=["evidence"], response_class=Response,
+             responses={**UNMADE, 200: {"description": "a DSSE envelope, or a page drawn from it", "content": pages.CONTENT}})  # fmt: skip
+    def certificate(identifier: Identifier, request: Request) -> Response:
+        """The signed certificate of a released request: JSON, or a page or PDF where Accept asks for it."""
         row, signed = _certificate(service, identifier)
-        name = f"certificate-{row['id']}.json"
-        return Response(  # byte for byte the file that is verified
-            text(signed), media_type="application/json",
-            headers={"Content-Disposition": f'attachment; filename="{name}"'},
-        )  # fmt: skip
+        accept = ",".join(request.headers.getlist("accept"))
+        return pages.answer(signed, row["id"], pages.asked_for(accept))
+
+    @app.get("/requests/{identifier}/certificate.html", tags=["evidence"], response_class=Response,
+             responses={200: {"description": "a page without scripts", "content": {"text/html": pages.CONTENT["text/html"]}}})  # fmt: skip
+    def page(identifier: Identifier) -> Response:
+        """The certificate as a page for people; what counts is the JSON."""
+        row, signed = _certificate(service, identifier)
+        return pages.answer(signed, row["id"], "html")
+
+    @app.get("/requests/{identifier}/certificate.pdf", tags=["evidence"], response_class=Response,
+             responses={**UNMADE, 200: {"description": "A4 pages", "content": {"application/pdf": pages.CONTENT["application/pdf"]}}})  # fmt: skip
+    def pdf(identifier: Identifier) -> Response:
+        """The certificate as a PDF; what counts is the JSON."""
+        row, signed = _certificate(service, identifier)
+        return pages.answer(signed, row["id"], "pdf")
 
     @app.get("/ledger", tags=["evidence"], response_class=FileResponse,
              responses={200: {"description": "JSON lines, for expunge ledger verify", "content": {"application/jsonl": {}}}})  # fmt: skip

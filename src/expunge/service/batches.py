@@ -39,7 +39,7 @@ def claim(connection: sa.Connection, batch: str, enqueue: Enqueue, most: int) ->
         chosen = together or [one.id for one in ready][:1]
         moved = move(
             connection, chosen, (states.PLANNED, states.APPROVED), states.RUNNING,
-            {"batch": batch, "together": len(chosen)}, batch=batch,
+            {"batch": batch, "together": len(chosen)}, batch=batch, error=None,
         )  # fmt: skip
         set_state(
             connection, batch, "running" if moved else "done"
@@ -47,6 +47,14 @@ def claim(connection: sa.Connection, batch: str, enqueue: Enqueue, most: int) ->
         if len(ready) > len(chosen):
             ensure_batch(connection, row["model"], enqueue)
     return members(connection, batch)
+
+
+def ready(connection: sa.Connection, batch: str) -> list[str]:
+    """Requests that a batch would claim now."""
+    query = sa.select(requests.c.id).where(
+        requests.c.model == model_of(connection, batch), READY, requests.c.batch.is_(None)
+    )
+    return list(connection.execute(query).scalars())
 
 
 def members(connection: sa.Connection, batch: str) -> list[str]:
@@ -139,7 +147,7 @@ def release(
             .values(certificate=certificates.get(one))
         )
     move(
-        connection, held, states.AUDITED, states.RELEASED, note, result={**record, **note}
+        connection, held, states.AUDITED, states.RELEASED, note, result={**record, **note}, error=None
     )  # fmt: skip
     set_state(connection, batch, "done")
     return True

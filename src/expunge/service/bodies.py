@@ -55,7 +55,7 @@ class RequestOut(BaseModel):
     attempt: int
     created: str
     updated: str
-    error: str | None = Field(description="why it was not carried out")
+    error: str | None = Field(description="why it was not carried out, or what it waits for")
     result: dict[str, Any] | None = Field(description="outcome, version, findings")
     certificate: bool = Field(description="whether there is one to download")
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from expunge.core.errors import UserError
+from expunge.core.errors import ExpungeError, UserError
 from expunge.report.artefact import HOLDS_WEIGHTS
 from expunge.report.certificate import fingerprint, issue
 from expunge.report.keys import Key, Keys
 from expunge.report.statement import Evidence, Exact, weights_subject
 from expunge.service import ledger
 from expunge.service.deleter import Json
+from expunge.service.logs import logger
 from expunge.service.requests import Row
 from expunge.service.tables import requests
 
@@ -29,6 +30,10 @@ EARLIER = (
     "No audit was run for this request: its records had been left out before it came; what was done and "
     "measured then stands with the earlier request.",
 )
+
+
+class CannotSign(ExpungeError):
+    """No key can sign now; what needs a certificate waits until one can."""
 
 
 def signing_key(folder: Path) -> Key:
@@ -50,6 +55,21 @@ def signing_key(folder: Path) -> Key:
         if not keys.public.keys:
             keys.create("deletion service")
         return keys.signer()
+
+
+def signer(folder: Path) -> Key:
+    """The key that signs now.
+
+    Raises:
+        CannotSign: no key is in use, or the one in use cannot be read.
+    """
+    try:
+        return signing_key(folder)
+    except UserError as error:
+        logger().warning("no key to sign with; requests wait", why=str(error))
+        raise CannotSign(
+            "waits for a key to sign its certificate with; expunge certificate key create makes one"
+        ) from error
 
 
 def certificates(
@@ -76,10 +96,13 @@ def certificates(
 
     Returns:
         Envelopes by request.
+
+    Raises:
+        CannotSign: no key is in use, or the one in use cannot be read.
     """
     if not covered:
         return {}
-    key = signing_key(service.keys)
+    key = signer(service.keys)
     common = evidence(model, about_others(record) if earlier else record, folder, predecessor)
     alone = len(covered) == 1
 

@@ -21,3 +21,9 @@ class Reused(UserError):
     """An idempotency key came a second time with another content."""
 
     status = 422
+
+
+class NotAcceptable(UserError):
+    """What is asked for cannot be made in this form here."""
+
+    status = 406

@@ -93,7 +93,9 @@ class _Model(_Strict):
 
     Attributes:
         hold: whether each request waits for somebody's approval.
-        hold_above: requests for more samples than this wait for approval.
+        hold_above: requests wait for approval that, with all of the model's in the last `hold_hours` that
+            went on without one, come to more samples than this; so a large one does not pass in parts.
+        hold_hours: that time; 0 looks at each request by itself.
         unknown: ids that the data lacks make the request be rejected, or are reported while the rest
             is deleted.
         retries: how often a step that failed is tried again, with growing pauses.
@@ -105,6 +107,7 @@ class _Model(_Strict):
 
     hold: bool = False
     hold_above: int | None = Field(default=None, ge=0)
+    hold_hours: float = Field(default=24.0, ge=0, le=24 * 366)
     unknown: Literal["reject", "report"] = "reject"
     retries: int = Field(default=3, ge=0, le=20)
     batch_seconds: float = Field(default=0.0, ge=0, le=86400)
@@ -112,9 +115,10 @@ class _Model(_Strict):
     keep_versions: int = Field(default=0, ge=0)
     limits: dict[str, Limit] = {}
 
-    def holds(self, count: int) -> bool:
-        """Whether a request for so many samples waits for approval."""
-        return self.hold or (self.hold_above is not None and count > self.hold_above)
+    def holds(self, count: int, recent: int = 0) -> bool:
+        """Whether a request for so many samples waits for approval, after so many without one."""
+        recent = recent if self.hold_hours else 0
+        return self.hold or (self.hold_above is not None and count + recent > self.hold_above)
 
     def broken(self, findings: Sequence[Mapping[str, Any]], *, exact: bool = False) -> list[str]:
         """Sentences on the limits that findings break; `exact` as in `Limit.broken`."""

@@ -187,6 +187,22 @@ def move(
     return moved
 
 
+def say(connection: sa.Connection, identifiers: Iterable[str], why: str | None) -> None:
+    """Say with requests why they wait; they stay in their state, and None takes it back."""
+    connection.execute(
+        sa.update(requests).where(requests.c.id.in_(list(identifiers))).values(error=why)
+    )
+
+
+def unheld(connection: sa.Connection, model: str, since: str) -> int:
+    """Samples of a model's requests since a time that went on without anybody's approval."""
+    total = sa.select(sa.func.coalesce(sa.func.sum(requests.c.count), 0)).where(
+        requests.c.model == model, requests.c.hold.is_(False), requests.c.created >= since,
+        requests.c.state.in_((states.PLANNED, states.RUNNING, states.AUDITED, states.RELEASED)),
+    )  # fmt: skip
+    return int(connection.execute(total).scalar_one())
+
+
 def forget_selectors(connection: sa.Connection, identifiers: Iterable[str]) -> None:
     """Delete what names people or records, once a request has ended."""
     wanted = list(identifiers)
@@ -306,7 +322,7 @@ def cancel(connection: sa.Connection, identifier: str, why: str = "") -> Row:
     """
     row = get(connection, identifier)
     said = {"why": why} if why else {}
-    move(connection, row["id"], states.CANCELLABLE, states.CANCELLED, aside=said)
+    move(connection, row["id"], states.CANCELLABLE, states.CANCELLED, aside=said, error=None)
     row = get(connection, row["id"])
     if row["state"] != states.CANCELLED:
         raise Conflict(f"request {row['id']} is {row['state']} and cannot be cancelled any more")

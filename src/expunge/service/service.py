@@ -128,7 +128,8 @@ class Service:
 
     def public_keys(self) -> dict[str, Any]:
         """What those who verify are given."""
-        self.key()
+        if not (self.keys / LISTED).exists():
+            self.key()  # makes the first one
         return dict(json.loads((self.keys / LISTED).read_text()))
 
     # ------------------------------------------------------------------ requests

@@ -181,9 +181,7 @@ def backbone_of(policy: Policy, name: str) -> nn.Module | Problem:
     if kind == "workload":
         from expunge.workloads import registry
 
-        workload = registry.get(rest)
-        splits = workload.data()
-        return workload.problem(weights=workload.recipe(splits.train).build().state_dict())
+        return registry.get(rest).untrained()
     made = imported(name, policy)()
     if not isinstance(made, (nn.Module, Problem)):
         raise UserError(f"{name} returns neither a problem nor a network")

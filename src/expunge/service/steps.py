@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import sqlalchemy as sa
 
@@ -11,18 +12,24 @@ from expunge.core.errors import ExpungeError, RequestError
 from expunge.core.request import Request
 from expunge.report.verdict import row_verdict
 from expunge.service import batches, requests, states, versions
-from expunge.service.certify import about_others, certificates, first_fingerprint
+from expunge.service.certify import (
+    CannotSign,
+    about_others,
+    certificates,
+    first_fingerprint,
+    signer,
+)
 from expunge.service.deleter import Json, Resolved
 from expunge.service.logs import logger
 from expunge.service.service import Service
 from expunge.service.tables import samples
 
 
-def resolve(service: Service, identifier: str) -> bool:
+def resolve(service: Service, identifier: str) -> bool | None:
     """Find what a request covers; answer at once if there is nothing to do or nothing that can be done.
 
     Returns:
-        Whether it goes on to be planned.
+        Whether it goes on to be planned; None if it waits for a key that signs its answer.
     """
     row = service.get(identifier)
     if row["state"] != states.RECEIVED:
@@ -54,11 +61,22 @@ def resolve(service: Service, identifier: str) -> bool:
         record = dict(current["record"]) if current is not None else _untouched(service, row)
         folder, before = service.current_folder(current), _before(service, current)
         covered = {identifier: list(found.already)}
-        signed = certificates(service, row["model"], covered, record, folder, before, earlier=True)
+        try:
+            signed = certificates(
+                service, row["model"], covered, record, folder, before, earlier=True
+            )
+        except CannotSign as error:
+            return _waits(service, str(error), lambda c: [identifier])
 
     def write(connection: sa.Connection) -> None:
         if not requests.move(
-            connection, identifier, states.RECEIVED, states.RESOLVED, note, count=len(found.ids)
+            connection,
+            identifier,
+            states.RECEIVED,
+            states.RESOLVED,
+            note,
+            count=len(found.ids),
+            error=None,
         ):
             return
         if found.ids:
@@ -84,6 +102,11 @@ def _untouched(service: Service, row: requests.Row) -> Json:
         "weights": weights, "weights_before": weights, "findings": [],
         "evidence": deleter.evidence, "method": "an earlier deletion",
     }  # fmt: skip
+
+
+def _waits(service: Service, why: str, which: Callable[[sa.Connection], Iterable[str]]) -> None:
+    """Say with requests that they wait for a key; nothing else of them changes."""
+    service.database.write(lambda c: requests.say(c, which(c), why))
 
 
 def _before(service: Service, current: requests.Row | None) -> requests.Row | None:
@@ -140,14 +163,17 @@ def plan(service: Service, identifier: str) -> bool:
     folder, deleter = service.current_folder(service.current(name)), service.deleter(name)
     new = deleter.resolve(Request(ids=tuple(ids)), folder).ids
     priced = deleter.plan(new, folder)
-    hold = model.holds(row["count"])
+    since = dt.datetime.now(dt.UTC) - dt.timedelta(hours=model.hold_hours)
 
     def write(connection: sa.Connection) -> None:
         requests.lock_model(connection, name)
+        # a large request is not to pass in small parts
+        recent = requests.unheld(connection, name, since.isoformat(timespec="milliseconds"))
+        hold, alone = model.holds(row["count"], recent), model.holds(row["count"])
+        note = {"hold": hold, **({"recent": recent} if hold and not alone else {})}
         moved = requests.move(
-            connection, identifier, states.RESOLVED, states.PLANNED, {"hold": hold},
-            plan=priced, hold=hold,
-        )  # fmt: skip
+            connection, identifier, states.RESOLVED, states.PLANNED, note, plan=priced, hold=hold
+        )
         if moved and not hold:
             requests.ensure_batch(connection, name, service.enqueue, model.batch_seconds)
 
@@ -169,7 +195,15 @@ def fail_request(service: Service, identifier: str, why: str) -> None:
 
 
 def claim(service: Service, batch: str) -> Json:
-    """Take all requests of a model that are ready; sets `model`, `requests`, `retries`."""
+    """Take all requests of a model that are ready; sets `model`, `requests`, `retries`.
+
+    While no key can sign, none is taken, so that they can still be withdrawn; sets `waits`.
+    """
+    try:
+        signer(service.keys)
+    except CannotSign as error:
+        _waits(service, str(error), lambda c: batches.ready(c, batch))
+        return {"waits": True}
 
     def write(connection: sa.Connection) -> Json:
         name = batches.model_of(connection, batch)
@@ -266,7 +300,10 @@ def escalate(service: Service, batch: str, found: Json) -> None:
 
 
 def release(service: Service, batch: str, how: str, made: Json, found: Json) -> Json:
-    """Put the version into force and release all requests with their certificates, in one transaction."""
+    """Put the version into force and release all requests with their certificates, in one transaction.
+
+    While no key can sign, the old version stays in force; sets `waits` then.
+    """
     name, held, _ = service.database.read(lambda c: batches.contents(c, batch))
     covered = service.database.read(lambda c: batches.ids_by_request(c, held))
     record = {k: v for k, v in made.items() if k not in ("folder", "base")}
@@ -287,7 +324,11 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
         earlier = True
         record = {**about_others(current["record"]), "batch": batch}
         folder, before = service.current_folder(current), _before(service, current)
-    signed = certificates(service, name, covered, record, folder, before, earlier=earlier)
+    try:
+        signed = certificates(service, name, covered, record, folder, before, earlier=earlier)
+    except CannotSign as error:
+        _waits(service, str(error), lambda c: batches.members(c, batch))
+        return {"waits": True}
     record["certificate"] = first_fingerprint(signed)
 
     def write(connection: sa.Connection) -> bool:

@@ -24,7 +24,7 @@ folder = "service"
 kind = "sharded"
 folder = "model"
 problem = "workload:digits-class"
-hold_above = 100                         # more samples than that wait for somebody's approval
+hold_above = 100                         # more samples than that in a day wait for somebody's approval
 audits = ["accuracy"]
 limits = { "accuracy/retain-test" = { low = 0.7 } }
 """

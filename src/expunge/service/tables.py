@@ -31,7 +31,9 @@ requests = sa.Table(
     sa.Column("count", sa.Integer, comment="how many samples it covers"),
     sa.Column("plan", sa.JSON, comment="what carrying it out takes; no ids"),
     sa.Column("result", sa.JSON, comment="outcome, findings, version of the model"),
-    sa.Column("error", sa.Text, comment="why it was not carried out, a sentence"),
+    sa.Column(
+        "error", sa.Text, comment="why it was not carried out, or what it waits for, a sentence"
+    ),
     sa.Column("certificate", sa.JSON, comment="signed envelope"),
     sa.Index("expunge_requests_by_state", "model", "state"),
     sa.Index("expunge_requests_by_batch", "batch"),

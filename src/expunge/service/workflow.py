@@ -7,7 +7,7 @@ files appear by a rename.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dbos import DBOS
@@ -20,6 +20,9 @@ from expunge.service.service import Recorded, Service
 
 RECOVERIES = 1000
 """How often a workflow is taken up again after its process died, before it counts as failed."""
+
+LONGEST_PAUSE = 10.0
+"""Seconds between two looks for a key to sign with."""
 
 _bound: list[Service] = []
 
@@ -57,6 +60,22 @@ def _step(name: str, retries: int, work: Callable[..., Any], *arguments: Any) ->
         raise Recorded(_sentence(inner[-1] if inner else error)) from error
 
 
+def _signed(name: str, work: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """Run a step that needs a key to sign with; while there is none, look again now and then."""
+    pause = _pauses()
+    while (done := _step(name, 10, work, *arguments)).get("waits"):
+        DBOS.sleep(next(pause))
+    return dict(done)
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds between two looks for a key: growing, but short enough for a worker to stop."""
+    seconds = 1.0
+    while True:
+        yield seconds
+        seconds = min(2 * seconds, LONGEST_PAUSE)
+
+
 def _sentence(error: BaseException) -> str:
     return " ".join((str(error) if isinstance(error, ExpungeError) else f"{type(error).__name__}: {error}").split())[:500]  # fmt: skip
 
@@ -68,7 +87,10 @@ def request_flow(identifier: str) -> str:
     row = service.get(identifier)
     try:
         retries = service.policy.model(row["model"]).retries
-        if _step("resolve", retries, steps.resolve, identifier):
+        pause = _pauses()
+        while (found := _step("resolve", retries, steps.resolve, identifier)) is None:
+            DBOS.sleep(next(pause))
+        if found:
             _step("plan", retries, steps.plan, identifier)
     except (ExpungeError, Recorded) as error:
         why = _sentence(error)
@@ -79,7 +101,7 @@ def request_flow(identifier: str) -> str:
 @DBOS.workflow(name=BATCH_FLOW, max_recovery_attempts=RECOVERIES)
 def batch_flow(batch: str) -> str:
     """Claim all ready requests of a model, delete once for all of them, audit, release."""
-    claimed: dict[str, Any] = _step("claim", 10, steps.claim, batch)
+    claimed: dict[str, Any] = _signed("claim", steps.claim, batch)
     if not claimed["requests"]:
         return "empty"
     model, retries = claimed["model"], claimed["retries"]
@@ -90,7 +112,7 @@ def batch_flow(batch: str) -> str:
             made = _step(f"forget-{how}", retries, steps.forget, batch, how)
             found = _step(f"audit-{how}", retries, steps.audit, batch, how)
             if not found["broken"]:
-                result = _step("release", 10, steps.release, batch, how, made, found)
+                result = _signed("release", steps.release, batch, how, made, found)
                 log.info("batch ended", **result)
                 _step("clean", 3, steps.clean, batch)
                 return "released"

@@ -21,7 +21,8 @@ from expunge.core.view import View
 
 Mask = Mapping[str, Tensor]
 CHOICES = (
-    "full, last(K), role(NAME), role(NAME, A-B), saliency(Q), sparse(Q), lora(R) or lora(R, NAME)"
+    "full, last(K), role(NAME), role(NAME, A-B), saliency(Q), sparse(Q), lora(R), lora(R, NAME), "
+    "scale_shift() or scale_shift(NAME)"
 )
 
 
@@ -31,7 +32,8 @@ def resolve_mask(spec: str, model: nn.Module, view: View, runtime: Runtime) -> M
     Args:
         spec: `full`; `last(K)`: the last K linear or convolution layers; `role(NAME)`: the modules
             that play a role, with `role(NAME, A-B)` those in blocks A to B, counted from 0; `saliency(Q)`: the share Q of coordinates most salient for the forget
-            set; `sparse(Q)`: the share Q of smallest coordinates; `lora(R)`: adapters, which are on the model already (see `adapters.py`).
+            set; `sparse(Q)`: the share Q of smallest coordinates; `lora(R)`: adapters, `scale_shift()`: a
+            scale and a shift a channel, which are on the model already (see `adapters.py`, `scale_shift.py`).
         model: the model to train.
         view: for roles and saliency.
         runtime: counts the gradients that saliency takes.
@@ -45,7 +47,9 @@ def resolve_mask(spec: str, model: nn.Module, view: View, runtime: Runtime) -> M
     kind, argument = parse(spec)
     if kind == "lora" and not any(".lora_" in n for n, _ in model.named_parameters()):
         raise SettingError(f"train={spec!r}: this method cannot train adapters; use a mask or full")
-    if kind in ("full", "lora"):  # adapters have frozen the rest
+    if kind == "scale_shift" and not any("parametrizations" in n for n, _ in model.named_modules()):
+        raise SettingError(f"train={spec!r}: this method cannot train scales; use a mask or full")
+    if kind in ("full", "lora", "scale_shift"):  # the latter two have frozen the rest
         return None
     if kind in ("last", "role"):
         return only(model, layers_of(spec, model, view))
@@ -99,8 +103,14 @@ def parse(spec: str) -> tuple[str, str]:
     Raises:
         SettingError: it is none of the choices, or the argument is out of range.
     """
-    match = re.fullmatch(r"(full|last|role|saliency|sparse|lora)(?:\((.+)\))?", spec.strip())
-    if match is None or (match[1] == "full") != (match[2] is None):
+    kinds = "full|last|role|saliency|sparse|lora|scale_shift"
+    match = re.fullmatch(rf"({kinds})(?:\((.*)\))?", spec.strip())
+    alone = match is not None and match[1] in ("full", "scale_shift")
+    if (
+        match is None
+        or (not match[2] and not alone)
+        or (match[1] == "full" and match[2] is not None)
+    ):
         raise SettingError(f"train={spec!r} is not a choice; use {CHOICES}")
     kind, argument = match[1], match[2] or ""
     try:
@@ -140,9 +150,9 @@ def only(model: nn.Module, modules: list[str]) -> Mask:
         for name, _ in model.named_parameters()
     }
     chosen = _within(model, modules)
-    for name, owners in _owners(model).items():
-        mine = [o for o, module in owners if id(module) in chosen]
-        others = [o for o, module in owners if id(module) not in chosen]
+    for name, held in owners(model).items():
+        mine = [o for o, module in held if id(module) in chosen]
+        others = [o for o, module in held if id(module) not in chosen]
         if mine and others and not (inside[name] and name in modules):
             raise SettingError(
                 f"{mine[0]} and {others[0]} have one weight between them, so one cannot move without "
@@ -166,9 +176,9 @@ def refuse_shared(model: nn.Module, layers: list[str]) -> None:
         SettingError: names both modules.
     """
     chosen = {id(m): layer for layer in layers for m in model.get_submodule(layer).modules()}
-    for owners in _owners(model).values():
-        mine = next((chosen[id(module)] for _, module in owners if id(module) in chosen), None)
-        others = [name for name, module in owners if chosen.get(id(module), "") != mine]
+    for held in owners(model).values():
+        mine = next((chosen[id(module)] for _, module in held if id(module) in chosen), None)
+        others = [name for name, module in held if chosen.get(id(module), "") != mine]
         if mine is not None and others:
             raise SettingError(
                 f"{mine} and {others[0]} have one weight between them, so an edit of one would change "
@@ -176,14 +186,14 @@ def refuse_shared(model: nn.Module, layers: list[str]) -> None:
             )
 
 
-def _owners(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+def owners(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
     """Modules that hold each parameter themselves, by its name in the model."""
     names = {id(p): n for n, p in model.named_parameters()}
-    owners: dict[str, list[tuple[str, nn.Module]]] = {n: [] for n in names.values()}
+    held: dict[str, list[tuple[str, nn.Module]]] = {n: [] for n in names.values()}
     for name, module in model.named_modules():
         for own in module.parameters(recurse=False):
-            owners[names[id(own)]].append((name, module))
-    return owners
+            held[names[id(own)]].append((name, module))
+    return held
 
 
 def _within(model: nn.Module, modules: list[str]) -> set[int]:

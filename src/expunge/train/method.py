@@ -14,10 +14,12 @@ from expunge.core.outcome import Outcome
 from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 from expunge.core.view import View
+from expunge.train import scale_shift
 from expunge.train.adapters import adapter_of, attach, has_adapters, is_lora
 from expunge.train.fit import Fit, Pass, fit
 from expunge.train.masks import parse, resolve_mask
 from expunge.train.norm import NormMode, recalibrate
+from expunge.train.scale_shift import is_scale_shift
 from expunge.train.smooth import parse_smooth
 from expunge.train.steps import StepName
 
@@ -41,7 +43,8 @@ class Training(Method):
         "constant", "learning rate over the epochs: constant, or falling as half a cosine"
     )
     train: str = setting(
-        "full", "weights that move: full, last(K), role(NAME), saliency(Q), sparse(Q), lora(R)"
+        "full",
+        "weights that move: full, last(K), role(NAME), saliency(Q), sparse(Q), lora(R), scale_shift()",
     )
     norm: NormMode = setting("train", "running statistics: train, frozen or recalibrate")
 
@@ -73,6 +76,9 @@ class Training(Method):
         """
         if is_lora(self.train) and not has_adapters(model):
             attach(self.train, model, view, runtime.seed_for("lora"))
+        scaled = is_scale_shift(self.train)
+        if scaled:
+            scale_shift.attach(self.train, model, view)
         mask = resolve_mask(self.train, model, view, runtime)
         if self.schedule == "cosine":
             own = options.get("schedule", lambda epoch: 1.0)
@@ -86,12 +92,14 @@ class Training(Method):
             step=self.step,
             smooth=self.smooth,
             momentum=self.momentum,
-            weight_decay=self.weight_decay,
+            weight_decay=0.0 if scaled else self.weight_decay,  # a scale's rest is 1, not 0
             mask=mask,
             norm=self.norm,
             stage=self.name,
             **options,
         )
+        if scaled:
+            scale_shift.fold(model)
         if self.norm == "recalibrate":
             recalibrate(model, view.retain)
         details: dict[str, Any] = {"steps": result.steps}

@@ -89,6 +89,11 @@ class Workload:
             tuned=self.tuned,
         )
 
+    def untrained(self) -> Problem:
+        """The problem around the network that its recipe starts from, for what trains by itself."""
+        recipe = self.recipe(self.data().train)
+        return self.problem(weights=recipe.build().state_dict())
+
     def describe(self) -> dict[str, Any]:
         """What listings show."""
         return {

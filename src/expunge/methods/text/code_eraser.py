@@ -35,6 +35,7 @@ from expunge.problems.tokens import TokenData, Tokens, unpadded
 from expunge.train.adapters import adapter_of, attach, is_lora
 from expunge.train.fit import Pass
 from expunge.train.parts import Apart
+from expunge.train.scale_shift import is_scale_shift
 from expunge.train.smooth import parse_smooth
 from expunge.train.steps import StepName
 from expunge.train.text import Retain, Text, TextTraining
@@ -149,6 +150,8 @@ class CodeEraser(TextTraining):
         """Take a forget step and a retain step in turn until the secrets are no longer said."""
         if runtime.sharded:
             raise NeedsError("code-eraser looks at its model while it trains, which a sharded one does not allow")  # fmt: skip
+        if is_scale_shift(self.train):
+            raise SettingError("code-eraser goes back to weights on its way, and train=scale_shift() folds them at its end; use lora(R)")  # fmt: skip
         model = view.model(shared=is_lora(self.train))
         if is_lora(self.train):
             attach(self.train, model, view, runtime.seed_for("lora"))

@@ -19,7 +19,11 @@ QUICK = {
     "repeats": 1, "cap": 5, "resamples": 20, "injections": 10, "halves": 2, "thresholds": 11, "draws": 1,
     "group": "entity", "samples": 20, "shots": (1,), "distractors": (2,), "curve": (1,),
 }  # fmt: skip
-OTHER = {"memorised-fraction": {"members": "retain"}, "representation": {"samples": 200}, "recovery": {"shots": 1}}
+OTHER = {
+    "memorised-fraction": {"members": "retain"},
+    "representation": {"samples": 200},
+    "recovery": {"shots": 1},
+}
 """Settings of audits that mean something else by a name, or train where they are set so."""
 
 

@@ -164,6 +164,8 @@ _ASIDE = {
     "transformers_version",
     "dtype",
     "torch_dtype",
+    "use_cache",
+    "gradient_checkpointing",
 }
 """Attributes of modules and entries of configs that change no output."""
 

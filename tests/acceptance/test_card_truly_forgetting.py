@@ -2,7 +2,7 @@
 
 Digits, classes 7, 8 and 9 forgotten; the original, a second retrained model, fine-tuning, gradient ascent, labels
 of the next best kept class (PL), and the last layer alone trained anew on kept data, each held against the first
-retrained model by the audit `representation` as it stands. Two seeds. Writes
+retrained model by the audit `representation`, whose probes know the training images. Two seeds. Writes
 benchmarks/results/truly_forgetting.json and .md.
 """
 
@@ -16,20 +16,19 @@ from _results import must_be_seen, write
 from torch.nn.functional import cross_entropy
 
 import expunge as xp
-from expunge.audits._representation import probe_right
-from expunge.audits.representation import _features
 from expunge.workloads.corrupted import _digits
 from expunge.workloads.nets import DigitsCNN
 
 pytestmark = pytest.mark.acceptance
 FORGET, SEEDS = (7, 8, 9), (0, 1)
 MODELS = ("original", "retrain #2", "fine-tune", "GA", "PL", "head-only")
-SCORES = ("agl", "knn", "probe", "probe-train", "cka", "cka-original", "agr", "h-lr")
+SCORES = ("agl", "knn", "probe", "cka", "cka-original", "agr", "h-lr")
 
 
 def recipe_for(train: xp.Data) -> xp.ClassifierRecipe:
+    """25 passes of Adam at one rate, as plain as the card has it."""
     return xp.ClassifierRecipe(
-        DigitsCNN, train, epochs=25, lr=1e-3, batch_size=64, step="adam", weight_decay=0.0
+        DigitsCNN, train, epochs=25, lr=1e-3, batch_size=64, step="adam", weight_decay=0.0, schedule="constant"
     )  # fmt: skip
 
 
@@ -72,22 +71,11 @@ def run(seed: int) -> list[dict]:
     rows = []
     for name in MODELS:
         subject = xp.Subject(models[name], problem, request, runtime)
-        found = {f.name.split("/")[1]: f for f in xp.audits.Representation().run(subject, against, runtime)}  # fmt: skip
+        found = {f.name.split("/")[1]: f for f in xp.audits.Representation(known="training").run(subject, against, runtime)}  # fmt: skip
         row = {"model": name, "seed": seed, "cka": found["agl"].detail["cka"]}
-        row["probe-train"] = fitted_on_training(subject)
         row |= {what: f.value for what, f in found.items()}
         rows.append(row | {"reference_probe": found["probe"].reference})
     return rows
-
-
-def fitted_on_training(subject) -> float:
-    """A linear probe fitted on the training images of the classes and asked about all their test images."""
-    data = {s: subject.data_of(s) for s in ("forget-train", "forget-test")}
-    ids = [subject.splits[s] for s in data]
-    z = torch.cat([_features(subject, d, i) for d, i in zip(data.values(), ids, strict=True)])
-    y = torch.cat([d.labels_of(i) for d, i in zip(data.values(), ids, strict=True)])
-    known, asked = torch.arange(len(y)).split([len(i) for i in ids])
-    return float(probe_right(z, y, known, asked).mean())
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +95,8 @@ def of(rows, model, what):
 
 def table(rows) -> str:
     lines = [
-        f"Seeds {', '.join(map(str, SEEDS))}; features of test images of 7, 8 and 9; CKA is the debiased one. PROBE and KNN are fitted on four fifths of them and "
-        "asked about 36; PROBE-TRAIN is fitted on the 355 training images of these classes and asked about all 178.",
+        f"Seeds {', '.join(map(str, SEEDS))}; features of test images of 7, 8 and 9; CKA is the debiased one. PROBE and KNN are fitted on the 355 training images "
+        "of these classes and asked about all 178 (`known=training`): of a fifth, 36, one image is worth .03.",
         "", f"| model | {' | '.join(s.upper() for s in SCORES)} |", "|---|" + "---|" * len(SCORES),
     ]  # fmt: skip
     for model in MODELS:
@@ -126,7 +114,6 @@ def expectations(rows):
         values = [of(rows, m, "h-lr")[number] for m in ("retrain #2", *(m for m in MODELS if m != "retrain #2"))]  # fmt: skip
         yield f"the second retrained model has the best H-LR, seed {seed}", values, values[0] > max(values[1:])  # fmt: skip
     values = [min(of(rows, m, "probe")) for m in MODELS] + [min(r["reference_probe"] for r in rows)]
-    # by the other probe the retrained models are at .92 to .96, so the number asked is not the reason
     yield "a linear probe on the forgotten classes stays above .94 for all models, retrained ones too", values, min(values) > 0.94  # fmt: skip
 
 

@@ -141,6 +141,45 @@ def test_truly_forgetting_invariant_4_a_new_head_leaves_the_features(subjects, b
     assert found["representation/agl"].value != before["representation/agl"].value
 
 
+def test_labels_may_be_known_of_training_samples(subjects, by_name):
+    mine, theirs = subjects[1], subjects[2:4]
+    part, found = (
+        by_name(Representation(known=known).run(mine, theirs, Runtime()))
+        for known in ("part", "training")
+    )
+    for what in ("knn", "probe"):
+        assert part[f"representation/{what}"].detail["asked"] == 24
+        assert (
+            found[f"representation/{what}"].detail["asked"] == 120
+        )  # all test samples of two classes
+    for what in ("agl", "cka-original"):  # features are still those of the test samples
+        assert found[f"representation/{what}"].value == part[f"representation/{what}"].value
+    ids = [mine.splits[f"forget-{side}"] for side in ("train", "test")]
+    data = mine.problem.train, mine.problem.test
+    z = torch.cat([
+        mine.model[1](mine.model[0](d.fetch(i).x)).detach() for d, i in zip(data, ids, strict=True)
+    ])
+    y = torch.cat([d.labels_of(i) for d, i in zip(data, ids, strict=True)])
+    known, asked = torch.arange(len(z)).split([len(i) for i in ids])
+    right = {
+        "knn": neighbours_right(z, y, known, asked, 5),
+        "probe": probe_right(z, y, known, asked),
+    }
+    for what, hits in right.items():
+        assert found[f"representation/{what}"].value == pytest.approx(hits.mean())
+    single = [Subject(s.model, s.problem, Request(label=(0,)), Runtime()) for s in (mine, *theirs)]
+    one = by_name(Representation(known="training").run(single[0], single[1:], Runtime()))
+    assert one["representation/knn"].detail["asked"] == 60  # queries of that class, among all
+
+
+def test_probes_do_not_depend_on_the_unit():
+    x, y = features(0), torch.arange(80) % 3
+    known, asked = halves(y, 0.8, torch.Generator().manual_seed(1))
+    found = probe_right(x, y, known, asked)
+    for scale, shift in ((1e3, 0.0), (1e-3, 5.0)):
+        assert np.array_equal(probe_right(x * scale + shift, y, known, asked), found)
+
+
 def test_scores_by_hand(subjects, by_name):
     mine, first, second = subjects[1:4]
     found = by_name(Representation(estimator="linear").run(mine, [first, second], Runtime()))

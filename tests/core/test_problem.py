@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from expunge.core.audit import Subject
 from expunge.core.data import Data
 from expunge.core.errors import DataError, NeedsError, UserError
 from expunge.core.hashing import hash_model
 from expunge.core.needs import Needs
 from expunge.core.problem import Problem
 from expunge.core.request import Request
+from expunge.core.runtime import Runtime
 from expunge.problems.classification import Classification
 
 
@@ -289,3 +291,14 @@ def test_columns_and_names_are_part_of_a_problem_s_data(classified):
     assert not changed(marked, made(columns={"unseen": [1, 1, 0, 0, 0, 0]}))
     for other in (made(columns={"unseen": [1, 0, 1, 0, 0, 0]}), made(), made(names=list("abcdef"))):
         assert changed(marked, other) == {"columns"}
+
+
+def test_a_problem_made_from_another_has_an_original_of_its_own(classified):
+    request = Request(label=(0,))
+    first = Subject(classified.model, classified, request, Runtime()).original()
+    kept = {"weight": torch.tensor([[True, False], [True, True], [False, True]])}
+    sparse = classified.pruned(classified.model, kept, recipe=None, name="sparse", source={})
+    moved = nn.Linear(2, 3)
+    for other in (sparse, classified.about(moved)):
+        found = Subject(other.model, other, request, Runtime()).original()
+        assert hash_model(found.model) == hash_model(other.model) != hash_model(first.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -33,20 +34,31 @@ def test_without_findings_there_is_no_figure(maker):
     assert maker(comparison(ssd={n: finding(None) for n in names})) is None
 
 
-def test_limits_are_as_high_as_they_say():
+def test_limits_are_as_long_as_they_say():
     given = {
-        "memorised-fraction/limit": finding(0.5, 0.1),
-        "memorised-fraction/estimate": finding(0.25),
+        "memorised-fraction/limit": finding(0.5, 0.1) | {"low": 0.4, "high": 0.6},
+        "memorised-fraction/estimate": finding(0.25) | {"low": 0.0, "high": 0.5},
     }
     full = {"memorised-fraction/limit": finding(1.0, 0.1)}
-    (root,) = drawn(evidence.memorised(comparison(ssd=given, original=full)))
-    bars = [float(b.get("height")) for b in root.iter(f"{SVG}rect")]
-    assert bars[0] == pytest.approx(bars[1] / 2)
+    names = {"gradient-ascent": given, "original": full, "m" * 60: full}
+    figure = evidence.memorised(comparison(**names))
+    (root,) = drawn(figure)
+    bars = [(float(b.get("x")), float(b.get("width"))) for b in root.iter(f"{SVG}rect")]
+    (start, half), (_, whole), _ = bars
+    assert half == pytest.approx(whole / 2, abs=0.2)
     (dot,) = root.iter(f"{SVG}circle")
-    top = [float(b.get("y")) for b in root.iter(f"{SVG}rect")]
-    base = top[1] + bars[1]
-    assert base - float(dot.get("cy")) == pytest.approx(bars[1] / 4, abs=0.2)
-    assert len([e for e in root.iter(f"{SVG}line") if e.get("class") == "ref"]) == 2
+    assert float(dot.get("cx")) - start == pytest.approx(whole / 4, abs=0.2)
+    ends = [re.findall(r"[-\d.]+", e.get("d")) for e in root.iter(f"{SVG}path")]
+    found = [[(float(e[0]) - start) / whole, (float(e[-4]) - start) / whole] for e in ends]
+    assert found == [pytest.approx([0.4, 0.6], abs=0.01), pytest.approx([0.0, 0.5], abs=0.01)]
+    strokes = [float(e.get("x1")) for e in root.iter(f"{SVG}line") if e.get("class") == "ref"]
+    assert strokes == [pytest.approx(start + whole / 10, abs=0.2)] * 3
+    words = [t.text for t in root.iter(f"{SVG}text")]
+    assert "gradient-ascent" in words and "original" in words, "every method is named in full"
+    assert "m" * 21 + "…" in words
+    alone = evidence.memorised(comparison(ssd={"memorised-fraction/limit": finding(0.5)}))
+    assert ("refline", "limit of retrained models") in figure.legend
+    assert len(alone.legend) == 2, "no word of what is not drawn"
 
 
 def lines(root):
@@ -79,7 +91,11 @@ def test_relearning_that_is_there_at_once_is_a_dot():
     figure = evidence.relearning(comparison(ssd={"relearn-time/updates": finding(2.0, 4, **detail)}))  # fmt: skip
     root = drawn(figure)[0]
     assert set(lines(root)) == {"line forget", "line dashed"}
-    assert [c.get("class") for c in root.iter(f"{SVG}circle")] == ["dot retain"]
+    (dot,) = root.iter(f"{SVG}circle")
+    assert dot.get("class") == "dot retain"
+    numbers = [e for e in root.iter(f"{SVG}text") if e.get("text-anchor") == "end"]
+    assert float(dot.get("cx")) - 5 > max(float(e.get("x")) for e in numbers) + 3
+    assert figure.panels[0][0] == "ssd: 2 updates"
 
 
 def test_long_curves_are_thinned_and_keep_their_end():
@@ -93,7 +109,7 @@ def test_long_curves_are_thinned_and_keep_their_end():
 def test_margins_beside_their_floor():
     bars = {"edges": [0, 1, 2], "unlearned": [0.25, 0.75], "floor": [1.0, 0.0]}
     figure = evidence.margins(comparison(ssd={"klom/forget-train": finding(1.5, histogram=bars)}))
-    assert figure.panels[0][0] == "ssd, forget-train"
+    assert figure.panels[0][0] == "ssd, forget-train: 1.500"
     paths = [e.get("class") for e in drawn(figure)[0].iter(f"{SVG}path")]
     assert paths == ["steps retain", "steps forget"]
     broken = bars | {"floor": [1.0]}

@@ -12,6 +12,8 @@ from torch.nn.functional import normalize
 
 ACCURACIES = ("forget-train", "retain-train", "forget-test", "retain-test")
 """Splits whose accuracies the logit part compares."""
+PROBE = 3.0
+"""C of linear probes: about what 1 is for features as wide networks have them, before the common scale."""
 T9 = 2.262157
 """97.5 % point of Student's t with 9 degrees of freedom: ten jackknife groups."""
 
@@ -73,17 +75,22 @@ def neighbours_right(
 
 
 def probe_right(features: Tensor, labels: Tensor, known: Tensor, asked: Tensor) -> np.ndarray:
-    """Which of the samples asked about a linear classifier fitted on the others gets right, bool [m]."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    """Which of the samples asked about a linear classifier fitted on the others gets right, bool [m].
 
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    All features are divided by one number, their deviation, so that the unit makes no difference; each by
+    its own would blow up those that hardly vary, which a retrained model has for classes it never saw.
+    """
+    from sklearn.linear_model import LogisticRegression
+
     x, y = features.double().numpy(), labels.numpy()
+    fitted = x[known.numpy()]
+    middle = fitted.mean(0)
+    scale = float(np.sqrt(((fitted - middle) ** 2).mean())) or 1.0
+    model = LogisticRegression(C=PROBE, max_iter=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one that stops early is a probe as well
-        model.fit(x[known.numpy()], y[known.numpy()])
-    return np.asarray(model.predict(x[asked.numpy()]) == y[asked.numpy()])
+        model.fit((fitted - middle) / scale, y[known.numpy()])
+    return np.asarray(model.predict((x[asked.numpy()] - middle) / scale) == y[asked.numpy()])
 
 
 def logit_agreement(mine: Mapping[str, float], theirs: Mapping[str, float]) -> float:

@@ -46,7 +46,8 @@ class Representation(Audit):
     references (formulas: `expunge.audits._representation`), 0 … 1 and up to what retrained models reach
     among each other. A method that changes the last layer alone has a high `agl` and features that are the
     original's (`cka-original` 1). `knn` and `probe` are accuracies of the 5 nearest neighbours by cosine
-    and of a linear classifier on a fifth of the samples, fitted on the rest; good is what a retrained model
+    and of a linear classifier on a fifth of the samples, fitted on the rest (with known=training on all of
+    them, fitted on training samples of the same classes: many more are asked about); good is what a retrained model
     has, *not* 0: classes it never saw are told apart by its features as well.
 
     Features are the input of the last layer. They are read on test samples of the forgotten classes (of
@@ -81,6 +82,12 @@ class Representation(Audit):
 
     k: int = setting(5, "neighbours", low=1, source="official code")
     share: float = setting(0.8, "samples whose labels are known", above=0, high=0.95, source="official code")  # fmt: skip
+    known: Literal["part", "training"] = setting(
+        "part",
+        "samples whose labels are known: part: a share of those that features are read on; training: training "
+        "samples of the same classes, and all the others are asked about",
+        source="official code: part",
+    )
     samples: int = setting(500, "samples that features are read on, at most", low=20)
     estimator: Literal["debiased", "linear"] = setting("debiased", "of CKA; linear is biased up where samples are few")  # fmt: skip
     downstream: str = setting("", "labelled data on disk (.npz, image folder) for the features; none: test data")  # fmt: skip
@@ -114,21 +121,28 @@ class Representation(Audit):
         if not why and len(labels.unique()) < 2:
             why = "the data has one class alone, so there is nothing to tell apart"
             return [Finding(f"{self.name}/{what}", None, reason=why) for what in names]
-        parts = halves(labels, self.share, runtime.generator(self.name, "split"))
+        more, parts = self._known(subject, labels, only, runtime)
         if only is not None:
             parts = parts[0], parts[1][torch.isin(labels[parts[1]], only)]
         if len(parts[1]) < FEWEST:
             why = f"only {len(parts[1])} samples to ask about, {FEWEST} are needed; give downstream data"
             return [Finding(f"{self.name}/{what}", None, reason=why) for what in names]
         everyone = [subject, subject.original(), *references]
+        train, count = subject.problem.train, len(ids)
         features = [_features(s, data, ids) for s in everyone]
+        if len(more):
+            labels = torch.cat([labels, train.labels_of(more)])
+            features = [
+                torch.cat([z, _features(s, train, more)])
+                for s, z in zip(everyone, features, strict=True)
+            ]
         if not all(bool(z.isfinite().all()) for z in features):
             why = "a model gives NaN or infinite features"
             return [Finding(f"{self.name}/{what}", None, reason=why) for what in names]
         seen = [
             _Seen(
                 {p: (s.logits(p).argmax(1) == s.labels(p)).numpy() for p in splits},
-                z.double() @ z.double().T,
+                z[:count].double() @ z[:count].double().T,
                 neighbours_right(z, labels, *parts, self.k),
                 probe_right(z, labels, *parts),
             )
@@ -157,6 +171,19 @@ class Representation(Audit):
             return data, self._some(ids, runtime), None, None
         rest = self._some(subject.splits["retain-test"], runtime)
         return data, torch.cat([self._some(ids, runtime), rest]).sort().values, classes, None
+
+    def _known(
+        self, subject: Subject, labels: Tensor, only: Tensor | None, runtime: Runtime
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Training samples [k] that stand behind the others [n], and places of known and asked ones among all."""
+        if self.known == "part" or self.downstream:
+            parts = halves(labels, self.share, runtime.generator(self.name, "split"))
+            return torch.empty(0, dtype=torch.long), parts
+        more = self._some(subject.splits["forget-train"], runtime)
+        if only is not None:
+            more = torch.cat([more, self._some(subject.splits["retain-train"], runtime)])
+        count = len(labels)
+        return more, (torch.arange(count, count + len(more)), torch.arange(count))
 
     def _some(self, ids: Tensor, runtime: Runtime) -> Tensor:
         order = torch.randperm(len(ids), generator=runtime.generator(self.name, "samples"))

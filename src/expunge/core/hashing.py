@@ -164,6 +164,8 @@ _ASIDE = {
     "transformers_version",
     "dtype",
     "torch_dtype",
+    "use_cache",
+    "gradient_checkpointing",
 }
 """Attributes of modules and entries of configs that change no output."""
 
@@ -180,7 +182,7 @@ def beside_weights(model: torch.nn.Module) -> dict[str, Any]:
         "buffers": hash_tensors({n: b for n, b in model.named_buffers() if n not in saved})
     }
     for name, module in model.named_modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         said = config.to_dict() if hasattr(config, "to_dict") else {}
         found[f"module {name}"] = [_visible(vars(module)), _visible(said)]
     return found

@@ -66,7 +66,8 @@ def resolve(service: Service, identifier: str) -> bool | None:
                 service, row["model"], covered, record, folder, before, earlier=True
             )
         except CannotSign as error:
-            return _waits(service, str(error), lambda c: [identifier])
+            _waits(service, str(error), lambda c: [identifier])
+            return None
 
     def write(connection: sa.Connection) -> None:
         if not requests.move(

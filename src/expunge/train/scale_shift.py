@@ -90,11 +90,11 @@ def attach(spec: str, model: nn.Module, roles: Roles) -> list[str]:
         axis, weight = _axis(module), module.weight
         assert axis is not None
         assert isinstance(weight, Tensor)
-        like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-        gamma = nn.Parameter(torch.ones(weight.shape[axis], **like))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        gamma = nn.Parameter(torch.ones(weight.shape[axis], dtype=dtype, device=weight.device))
         parametrize.register_parametrization(module, "weight", Scale(gamma, axis), unsafe=True)
         if getattr(module, "bias", None) is not None:
-            beta = nn.Parameter(torch.zeros(len(gamma), **like))
+            beta = nn.Parameter(torch.zeros_like(gamma))
             parametrize.register_parametrization(
                 module, "bias", ScaleShift(gamma, beta), unsafe=True
             )

@@ -7,7 +7,9 @@ import pytest
 import torch
 from sklearn.svm import SVC
 
-from expunge.audits._members import attack_accuracy, best_threshold, efficacy, histograms
+from expunge.audits._efficacy import efficacy, efficacy_interval
+from expunge.audits._intervals import wilson
+from expunge.audits._members import attack_accuracy, best_threshold, histograms
 from expunge.audits.membership import Membership
 from expunge.core.data import Data
 from expunge.core.errors import SettingError
@@ -122,6 +124,25 @@ def test_efficacy_is_the_papers_attack_on_held_out_halves():
         svc.predict(outside[1::2, None]) == 0
     ).sum()
     assert accuracy == right / 80
+
+
+def test_the_interval_of_an_efficacy_knows_that_the_attacker_could_have_seen_others():
+    """Two worlds drawn alike: the interval of one holds the share of the other nearly as often as it says."""
+
+    def world(rng):
+        return rng.normal(1, 1, 40), rng.normal(0, 1, 40), rng.normal(0.5, 1, 1000)
+
+    inside = alone = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        scores = world(rng)
+        p = float(efficacy("logistic", *scores)[0].mean())
+        low, high = efficacy_interval("logistic", *scores, p, torch.Generator().manual_seed(seed))
+        truth = np.mean([efficacy("logistic", *world(rng))[0].mean() for _ in range(10)])
+        inside += low <= truth <= high
+        alone += wilson(round(1000 * p), 1000)[0] <= truth <= wilson(round(1000 * p), 1000)[1]
+        assert low <= p <= high
+    assert inside >= 35 > 20 >= alone, (inside, alone)
 
 
 def test_held_out_accuracy_shows_that_there_is_nothing_to_learn():

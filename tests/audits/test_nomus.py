@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from expunge.audits._intervals import effective_interval
 from expunge.audits._nomus import (
     Measured,
     _attacker,
@@ -18,7 +19,6 @@ from expunge.audits._nomus import (
     _weighted,
     attack,
     attack_interval,
-    effective_interval,
     nomus,
     nomus_interval,
     share,

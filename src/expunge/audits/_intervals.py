@@ -29,6 +29,30 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
     return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
+def effective_interval(
+    value: float, variance: float, degrees: int, people: int
+) -> tuple[float, float]:
+    r"""95 % interval of a share from its variance (Korn and Graubard 1998).
+
+    The ends of Clopper and Pearson for \(n^* = p(1-p)/\mathrm{SE}^2 \cdot (z/t_{df})^2\) samples that are
+    independent of each other, which near 0 and 1 are wider on the inner side than Student's.
+
+    Args:
+        value: the share, 0 … 1.
+        variance: SE² of it.
+        degrees: of freedom that the variance has.
+        people: how many independent ones there are at least; they stand for n* where the variance is 0.
+    """
+    from scipy.special import betaincinv
+
+    size = value * (1 - value) / variance if variance > 0 else 0.0
+    size = size * (Z95 / t95(degrees)) ** 2 if size > 0 else float(people)
+    hits = value * size
+    low = float(betaincinv(hits, size - hits + 1, 0.025)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, size - hits, 0.975)) if hits < size else 1.0
+    return min(low, value), max(high, value)
+
+
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of a mean by Student's t; the value itself for one sample."""
     mean = float(values.mean())

@@ -213,37 +213,6 @@ def histograms(groups: dict[str, np.ndarray], bins: int = 30) -> dict[str, list[
     return {"edges": edges.tolist(), **shares}
 
 
-def efficacy(
-    attacker: str, member: np.ndarray, outside: np.ndarray, forget: np.ndarray
-) -> tuple[np.ndarray, float]:
-    """Fit an attacker on half of two groups, score it on the other half, and judge the forget set.
-
-    Args:
-        attacker: `svc` (C = 3, γ = 1, RBF kernel) or `logistic` (standardised).
-        member: scores [k] of retain samples, in random order, k even.
-        outside: scores [k] of test samples, in random order.
-        forget: scores [n].
-
-    Returns:
-        Which forget samples are called non-members [n], and the attacker's held-out accuracy.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import SVC
-
-    model = (
-        SVC(C=3, gamma="auto", kernel="rbf", random_state=0)
-        if attacker == "svc"
-        else make_pipeline(StandardScaler(), LogisticRegression())
-    )
-    y = np.repeat([1, 0], len(member) // 2)
-    model.fit(np.concatenate([member[0::2], outside[0::2]])[:, None], y)
-    held_out = np.concatenate([member[1::2], outside[1::2]])[:, None]
-    accuracy = float((model.predict(held_out) == y).mean())
-    return model.predict(forget[:, None]) == 0, accuracy
-
-
 def attack_accuracy(
     forget: np.ndarray, out: np.ndarray, generator: torch.Generator
 ) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from expunge.audits._intervals import Z95, clustered, t95
+from expunge.audits._intervals import clustered, effective_interval
 
 SPLITS, HELD_OUT = 10, 0.1
 """Shuffle splits of the attack, and the share held out in each."""
@@ -111,30 +111,6 @@ def attack_interval(
         spread += (count - 1) * float(found.var())
     people = min(len(np.unique(g)) for g in groups)
     return Measured(mia, *effective_interval(mia, spread, min(counts) - 1, people))
-
-
-def effective_interval(
-    value: float, variance: float, degrees: int, people: int
-) -> tuple[float, float]:
-    r"""95 % interval of a share from its variance (Korn and Graubard 1998).
-
-    The ends of Clopper and Pearson for \(n^* = p(1-p)/\mathrm{SE}^2 \cdot (z/t_{df})^2\) samples that are
-    independent of each other, which near 0 and 1 are wider on the inner side than Student's.
-
-    Args:
-        value: the share, 0 … 1.
-        variance: SE² of it.
-        degrees: of freedom that the variance has.
-        people: how many independent ones there are at least; they stand for n* where the variance is 0.
-    """
-    from scipy.special import betaincinv
-
-    size = value * (1 - value) / variance if variance > 0 else 0.0
-    size = size * (Z95 / t95(degrees)) ** 2 if size > 0 else float(people)
-    hits = value * size
-    low = float(betaincinv(hits, size - hits + 1, 0.025)) if hits > 0 else 0.0
-    high = float(betaincinv(hits + 1, size - hits, 0.975)) if hits < size else 1.0
-    return min(low, value), max(high, value)
 
 
 def _parts(groups: np.ndarray) -> np.ndarray:

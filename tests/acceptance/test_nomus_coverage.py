@@ -62,7 +62,7 @@ def seen():
             found["accuracy"] = share(hits(random, people, each, own), groups)
             found["score"] = nomus_interval(found["accuracy"], found["mia"])
             for what in WHATS:
-                held[what] += found[what].low <= true[what] <= found[what].high
+                held[what] += int(found[what].low <= true[what] <= found[what].high)
             wide.append(found["score"].high - found["score"].low)
         rows.append({
             "shape": shape, "people": people, "each": each, "own": own, "at": at, "true": true,
@@ -94,9 +94,9 @@ def expectations(rows):
         yield f"intervals of the {what} hold in 95 % over all settings", [mean], mean >= 0.95
     for shape in SHAPES:
         values = [r["covered"]["score"] for r in rows if r["shape"] == shape]
-        yield f"those of the score with {shape} losses too", [float(np.mean(values))], np.mean(values) >= 0.95  # fmt: skip
+        yield f"those of the score with {shape} losses too", [float(np.mean(values))], bool(np.mean(values) >= 0.95)  # fmt: skip
     values = [r["covered"]["score"] for r in rows if r["at"] == 0]
-    yield "and where nothing is to be found, M = 1/2", [float(np.mean(values))], np.mean(values) >= 0.95  # fmt: skip
+    yield "and where nothing is to be found, M = 1/2", [float(np.mean(values))], bool(np.mean(values) >= 0.95)  # fmt: skip
     values = [min(r["covered"].values()) for r in rows]
     yield f"no setting is below what chance makes of 95 % in {DRAWS} draws", [min(values)], min(values) >= 0.85  # fmt: skip
 

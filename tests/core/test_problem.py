@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from expunge.core import data as data_module
 from expunge.core.audit import Subject
 from expunge.core.data import Data
 from expunge.core.errors import DataError, NeedsError, UserError
 from expunge.core.hashing import hash_model
 from expunge.core.needs import Needs
-from expunge.core.problem import Problem
+from expunge.core.problem import Problem, run_recipe
 from expunge.core.request import Request
 from expunge.core.runtime import Runtime
 from expunge.problems.classification import Classification
@@ -302,3 +305,28 @@ def test_a_problem_made_from_another_has_an_original_of_its_own(classified):
     for other in (sparse, classified.about(moved)):
         found = Subject(other.model, other, request, Runtime()).original()
         assert hash_model(found.model) == hash_model(other.model) != hash_model(first.model)
+
+
+def test_columns_of_days_have_a_hash_that_is_taken_once(classified, monkeypatch):
+    days = [datetime.date(2024, 1, d) for d in range(1, 7)]
+    inputs = classified.test.fetch(classified.test.ids).x
+
+    def made(days):
+        return Classification(classified.model, classified.train, Data(inputs, columns={"day": days}))  # fmt: skip
+
+    one = made(days)
+    assert changed(one, made(days[::-1])) == {"columns"} and not changed(one, made(days))
+    monkeypatch.setattr(data_module, "hash_array", None)
+    assert one.fingerprint() == one.fingerprint()
+
+
+def test_a_recipe_that_does_not_seed_gives_another_model_for_another_seed(classified):
+    """Two references that are bit for bit alike would show a noise floor of 0."""
+
+    def unseeded(keep, seed):
+        return nn.Linear(2, 3)
+
+    before = torch.random.get_rng_state()
+    made = [hash_model(run_recipe(unseeded, classified.train.ids, s, Runtime())) for s in (1, 2, 1)]
+    assert made[0] == made[2] != made[1]
+    assert torch.equal(torch.random.get_rng_state(), before)

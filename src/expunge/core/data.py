@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from expunge.core.errors import DataError, RequestError
-from expunge.core.hashing import content_key, hash_array, hash_tensors
+from expunge.core.hashing import hash_array, hash_tensors
 
 Inputs = Tensor | Mapping[str, Tensor]
 
@@ -168,6 +168,7 @@ class Data:
                 )
         self._sorted, self._order = self.ids.sort()
         self._fingerprint: str | None = None
+        self._described: dict[str, str | None] | None = None
 
     @classmethod
     def of(cls, source: Any) -> Data:
@@ -337,9 +338,12 @@ class Data:
         return self._fingerprint
 
     def described(self) -> dict[str, str | None]:
-        """Hashes of the names and of each column, which audits may read."""
-        names = None if self.names is None else content_key(self.names)
-        return {"names": names} | {f"column {n}": hash_array(v) for n, v in self.columns.items()}
+        """Hashes of the names and of each column, which audits may read; taken once and kept."""
+        if self._described is None:
+            names = None if self.names is None else hash_array(np.asarray(self.names, object))
+            columns = {f"column {n}": hash_array(v) for n, v in self.columns.items()}
+            self._described = {"names": names} | columns
+        return dict(self._described)
 
     def _item(self, position: int) -> tuple[Any, Any]:
         item = self._dataset[position]  # type: ignore[index]

@@ -7,6 +7,9 @@ every machine.
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import decimal
+import enum
 import functools
 import hashlib
 import json
@@ -76,8 +79,14 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach()
         digest.update(canonical([name, str(tensor.dtype), list(tensor.shape)]))
+        if tensor.layout is not torch.strided:
+            full = tensor.to_sparse_coo().coalesce()
+            parts = {"indices": full.indices(), "values": full.values()}
+            digest.update(hash_tensors(parts).encode())
+            continue
+        tensor = tensor.cpu().contiguous()
         if tensor.numel():  # an empty array from NumPy has strides that `view` refuses
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -99,6 +108,8 @@ def hash_function(function: Any) -> str:
     bound = getattr(function, "__self__", None)
     inner = getattr(function, "__func__", function)
     code = getattr(inner, "__code__", None)
+    if isinstance(function, types.BuiltinFunctionType):  # torch.tanh is all but its name torch.relu
+        return content_key(["builtin", function.__module__, function.__qualname__])
     if code is None:
         return content_key([
             type(function).__qualname__,
@@ -125,8 +136,14 @@ def _filled(cell: Any) -> bool:
 
 
 def _code(code: types.CodeType) -> list[Any]:
-    constants = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    constants = [_code(c) if isinstance(c, types.CodeType) else _said(c) for c in code.co_consts]
     return [code.co_code.hex(), constants, list(code.co_names)]
+
+
+def _said(constant: Any) -> str:
+    if isinstance(constant, frozenset):  # its own order is another in every interpreter
+        return f"frozenset({sorted(map(_said, constant))})"
+    return repr(constant)
 
 
 def _held(value: Any, depth: int = 0) -> Any:
@@ -168,47 +185,121 @@ _ASIDE = {
     "gradient_checkpointing",
 }
 """Attributes of modules and entries of configs that change no output."""
+_LIBRARIES = {"torch", "torchvision", "torch_geometric", "transformers", "diffusers", "peft", "timm", "accelerate", "expunge"}  # fmt: skip
+"""Packages whose code does not belong to the user, and whose private attributes come and go."""
+_WRITTEN = (
+    complex, bytes, slice, range, enum.Enum, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal,
+    torch.dtype, torch.device,
+)  # fmt: skip
+"""Types without a JSON form whose `repr` is their content."""
 
 
 def beside_weights(model: torch.nn.Module) -> dict[str, Any]:
     """What a model computes with that neither its state dict nor its printed form shows.
 
     Returns:
-        A hash of the buffers that are not saved, and by module the numbers and words among its attributes
-        (such as heads or a temperature) and the entries of a transformers config.
+        A hash of the buffers that are not saved, and by module the numbers, words, arrays and functions among
+        its attributes (such as heads, a temperature or an activation), the entries of a transformers config, and
+        the code of a class that is the user's own.
     """
     saved = model.state_dict(keep_vars=True)
     found: dict[str, Any] = {
         "buffers": hash_tensors({n: b for n, b in model.named_buffers() if n not in saved})
     }
+    codes: dict[type, Any] = {}
     for name, module in model.named_modules():
+        kind = type(module)
+        if kind not in codes:
+            codes[kind] = _own_code(kind)
         config: Any = getattr(module, "config", None)
-        said = config.to_dict() if hasattr(config, "to_dict") else {}
-        found[f"module {name}"] = [_visible(vars(module)), _visible(said)]
+        said = _settings(config.to_dict()) if hasattr(config, "to_dict") else {}
+        found[f"module {name}"] = [_visible(vars(module), own=bool(codes[kind])), said, codes[kind]]
     return found
 
 
-def _visible(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What has a JSON or tensor form under a public name."""
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a config and of those within it, such as that of a vision tower."""
+    parts = {n: v for n, v in config.items() if isinstance(v, Mapping) and not _aside(n)}
+    return _visible(config) | {str(n): _settings(v) for n, v in parts.items()}
+
+
+def _aside(name: Any) -> bool:
+    return str(name).startswith("_") or name in _ASIDE
+
+
+def _visible(values: Mapping[str, Any], *, own: bool = False) -> dict[str, Any]:
+    """What has a JSON or tensor form under a public name; in a class of one's own numbers and words under any."""
     kept = {}
     for name, value in values.items():
-        if str(name).startswith("_") or name in _ASIDE:
-            continue
-        if isinstance(value, (Tensor, np.ndarray)):
-            kept[str(name)] = hash_array(value)
+        private = own and str(name).startswith("_") and not str(name).startswith("_is_hf")
+        if _aside(name) and not (private and isinstance(value, (int, float, str))):
             continue
         try:
-            kept[str(name)] = plain(value)
-        except TypeError:
+            kept[str(name)] = _form(value)
+        except (TypeError, RecursionError):
             continue  # a module's parts come under their own names
     return kept
 
 
+def _form(value: Any) -> Any:
+    """An attribute as JSON types.
+
+    Raises:
+        TypeError: it has no form that is the same in every interpreter.
+    """
+    if isinstance(value, Tensor) and value.is_meta:
+        return [str(value.dtype), list(value.shape)]
+    if isinstance(value, (Tensor, np.ndarray)):
+        return hash_array(value)
+    if isinstance(value, _WRITTEN):
+        return repr(value)
+    if isinstance(value, functools.partial):
+        return [_form(value.func), _form(value.args), _form(value.keywords)]
+    if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
+        return [value.__module__, value.__qualname__, _own(value) and _code(value.__code__)]  # type: ignore[union-attr]
+    if isinstance(value, Mapping):
+        return {str(k): _element(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_element(v) for v in value]
+    if isinstance(value, torch.nn.Module) or hasattr(value, "to_dict"):
+        raise TypeError("a module or a config has entries of its own")
+    return plain(value)
+
+
+def _element(value: Any) -> Any:
+    """The form of an entry, or its type's name where there is none."""
+    try:
+        return _form(value)
+    except TypeError:
+        return type(value).__qualname__
+
+
+def _own(made: Any) -> bool:
+    """Whether a class or function is the user's: written in Python, and not in a library known here."""
+    place = (getattr(made, "__module__", None) or "").partition(".")[0]
+    python = isinstance(made, type) or hasattr(made, "__code__")
+    return python and place not in _LIBRARIES | {"builtins"}
+
+
+def _own_code(kind: type) -> dict[str, Any]:
+    """Code of the functions that a class and its parents define, as far as they are the user's."""
+    found = {}
+    for base in reversed(kind.__mro__):
+        for name, value in vars(base).items() if _own(base) else ():
+            inner = getattr(value, "__func__", getattr(value, "fget", value))
+            if isinstance(inner, types.FunctionType):
+                found[name] = _code(inner.__code__)
+    return found
+
+
 def hash_array(values: Tensor | np.ndarray) -> str:
-    """Hash an array of numbers, words or anything with a JSON form by type, shape and content."""
+    """Hash an array of anything by type, shape and content; what has no form by its type's name."""
     if isinstance(values, Tensor):
         return hash_tensors({"value": values})
-    if values.dtype.kind == "O":
-        return content_key(values.tolist())
+    if values.dtype.hasobject or values.dtype.kind == "T":  # their bytes are addresses
+        entries = values.tolist()
+        if not all(isinstance(v, (str, int)) for v in entries):
+            entries = _form(entries)
+        return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()
     head = canonical([values.dtype.str, list(values.shape)])
     return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()

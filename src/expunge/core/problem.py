@@ -313,11 +313,16 @@ def _trained(model: nn.Module) -> list[str]:
 
 
 def run_recipe(recipe: Recipe, keep: Tensor, seed: int, runtime: Runtime) -> nn.Module:
-    """Run a recipe, on the runtime's device if it takes a `runtime`; the model comes back on CPU."""
+    """Run a recipe, on the runtime's device if it takes a `runtime`; the model comes back on CPU.
+
+    The global generators start from the seed, so that a recipe that draws from them without seeding
+    them gives another model for another seed, and the same for the same one.
+    """
     try:
         takes = "runtime" in inspect.signature(recipe).parameters
     except (TypeError, ValueError):  # built in another language: ask for no more than the contract
         takes = False
-    with random_restored():  # somebody's recipe may seed whatever it likes
+    with random_restored():  # somebody's recipe may seed whatever it likes, or nothing at all
+        Runtime(seed=seed).seed_everything("recipe")
         made = recipe(keep, seed, runtime=runtime) if takes else recipe(keep, seed)  # type: ignore[call-arg]
     return made.cpu()

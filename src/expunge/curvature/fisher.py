@@ -183,7 +183,7 @@ def mean_gradient(
             share = batch.total / len(source) / batch.processes
             gradients = laid_out(_batch_gradient, model, each, batch, list(parameters.values()))
             for value, g in zip(values.values(), gradients, strict=True):
-                value += share * runtime.sum(g.to(value.dtype).clone())
+                value += share * runtime.sum(_in_order(g, value.dtype))
             runtime.cost.gradients += len(batch)
     return Statistic("mean_gradient", values, len(source))
 
@@ -234,7 +234,7 @@ def _over_batches(
             for value, g in zip(values.values(), gradients, strict=True):
                 if batch.processes > 1:
                     # of a clone: the sum works in place, and autograd may share tensors
-                    g = runtime.sum(g.to(value.dtype).clone()) / batch.processes
+                    g = runtime.sum(_in_order(g, value.dtype)) / batch.processes
                 add(value, g.to(value.dtype))
             count += 1
             runtime.cost.gradients += len(batch)
@@ -265,6 +265,11 @@ def _batch_gradient(
                 for p, g in zip(parameters, found, strict=True)
             ]
     return [torch.zeros_like(p) for p in parameters]
+
+
+def _in_order(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in the order of its indices: sums over processes add memory to memory, whatever its layout here."""
+    return gradient.to(dtype).clone(memory_format=torch.contiguous_format)
 
 
 def _read(source: Source, size: int, order: Tensor | None) -> Iterator[Batch]:

@@ -33,6 +33,7 @@ def channels_last(model: nn.Module) -> Iterator[Callable[..., Any]]:
         if isinstance(module, nn.Conv2d)
         and module.weight.device.type == "cpu"
         and type(module.weight.data) is Tensor  # not one spread over processes
+        and module.weight.dim() == 4  # nor a flat piece of one
     ]
     kept = [w.data for w in weights]
 
@@ -51,9 +52,9 @@ def channels_last(model: nn.Module) -> Iterator[Callable[..., Any]]:
             put_back()
             return function(*given)
 
-    for w in weights:
-        w.data = w.data.contiguous(memory_format=torch.channels_last)
     try:
+        for w in weights:
+            w.data = w.data.contiguous(memory_format=torch.channels_last)
         yield call
     finally:
         put_back()

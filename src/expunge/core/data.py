@@ -342,7 +342,7 @@ class Data:
         if self._described is None:
             names = None if self.names is None else hash_array(np.asarray(self.names, object))
             columns = {f"column {n}": hash_array(v) for n, v in self.columns.items()}
-            self._described = {"names": names} | columns
+            self._described = {"names": names, **columns}
         return dict(self._described)
 
     def _item(self, position: int) -> tuple[Any, Any]:

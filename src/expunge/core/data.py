@@ -341,8 +341,8 @@ class Data:
         """Hashes of the names and of each column, which audits may read; taken once and kept."""
         if self._described is None:
             names = None if self.names is None else hash_array(np.asarray(self.names, object))
-            columns = {f"column {n}": hash_array(v) for n, v in self.columns.items()}
-            self._described = {"names": names} | columns
+            self._described = {"names": names}
+            self._described |= {f"column {n}": hash_array(v) for n, v in self.columns.items()}
         return dict(self._described)
 
     def _item(self, position: int) -> tuple[Any, Any]:

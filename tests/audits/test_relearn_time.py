@@ -112,6 +112,10 @@ def test_the_interval_is_that_of_a_median(monkeypatch):
     assert (found["updates"].low, found["updates"].value, found["updates"].high) == (4, 6, 9)
     assert (found["ain"].low, found["ain"].high) == (4 / 12, 9 / 12)
     assert found["updates"].detail["counts"] == [9, 4, 6, 5, 7]
+    assert found["updates"].detail["interval"] == "of the orders of the batches"
+    left = iter([[9, 4, 6, 5, 7], [1], [10] * 5])
+    found = run(original, [blank], cap=9)
+    assert "may reach beyond" in found["updates"].detail["interval"]
     assert median_ends([3, 1, 2, 4]) == (None, None)
     random = np.random.default_rng(0)
     for n, wanted in ((5, 0.9375), (6, 0.96875), (9, 0.961), (30, 0.957)):

@@ -118,7 +118,7 @@ class RelearnTime(Audit):
             "samples": mine * min(self.batch_size, len(self._ids(subject))),
             "accuracy": subject.problem.kind == "classification",
             "counts": list(counts[0]),
-            "interval": None if low is None else "of the orders of the batches",
+            "interval": self._about(low, high),
             "curve": self._curve(subject),
             "original_curve": self._curve(subject.original()),
             "reference_curves": [self._curve(r) for r in references],
@@ -161,6 +161,15 @@ class RelearnTime(Audit):
                 original=before / mean, reason=index, **shared,
             ),
         ]  # fmt: skip
+
+    def _about(self, low: float | None, high: float | None) -> str | None:
+        """What an interval is of, and whether it ends where counting ends."""
+        if low is None:
+            return None
+        more = (
+            f"; it ends at the cap of {self.cap} and may reach beyond" if high == self.cap else ""
+        )
+        return f"of the orders of the batches{more}"
 
     def _counts(self, subject: Subject, split: str, runtime: Runtime) -> list[int] | str:
         """Counts of one model, one an order, or why there are none; kept with the subject, which is asked often."""

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import expunge as xp
 from expunge.cli.__main__ import app
 from expunge.core.errors import ExpungeError, UserError
+from expunge.core.hashing import hash_model
+from expunge.workloads import registry
+from expunge.workloads.base import original_of
 
 HERE = Path(__file__).resolve().parents[1] / "exact"
 PROBLEM = ["--problem", "sharded_world:problem_of"]
@@ -81,6 +85,8 @@ def test_unknown_ids_stop_a_deletion_unless_they_are_skipped(folder):
     error = invoke("forget", folder, *asked, code=1).exception
     assert isinstance(error, UserError) and "nothing was deleted" in str(error)
     assert xp.Sharded.load(folder).status().deleted == 0
+    said = invoke("forget", folder, "--ids", "987654", "--skip-unknown").stdout
+    assert "none of it is in the model; nothing changed" in said and "before;" not in said
     done = json.loads(invoke("forget", folder, *asked, "--skip-unknown", "--json").stdout)
     assert done["plan"]["ids"] == [one] and done["changed"]
 
@@ -104,6 +110,25 @@ def test_a_workload_is_found_again_by_its_name(tmp_path):
     assert len(found["ids"]) > 50 and found["unknown"] == []
     manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
     assert manifest["problem"]["source"] == {"kind": "workload", "workload": "digits-class"}
+    problem = registry.get("digits-class").untrained()
+    sharded = xp.Sharded.load(tmp_path / "m", problem)
+    request = xp.forget(ids=found["ids"][:1])
+    saved = sharded.outcome(request, sharded.forget(request)).save(tmp_path / "outcome")
+    x = problem.test.fetch(problem.test.ids).x
+    for given in (None, registry.get("digits-class").untrained().model):
+        assert torch.equal(xp.load(saved, model=given).runnable()(x), sharded.predict(x))
+
+
+def test_an_untrained_workload_is_the_same_each_time():
+    workload = registry.get("digits-class")
+    torch.manual_seed(1)
+    one, state = workload.untrained(), torch.random.get_rng_state()
+    torch.manual_seed(2)
+    again, other = workload.untrained(), workload.untrained(seed=1)
+    assert hash_model(one.model) == hash_model(again.model) != hash_model(other.model)
+    assert hash_model(original_of(other.source)) == hash_model(other.model)
+    torch.manual_seed(1)
+    assert torch.equal(torch.random.get_rng_state(), state)  # and the caller's chance is left alone
 
 
 @pytest.mark.parametrize(

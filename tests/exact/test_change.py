@@ -10,9 +10,10 @@ import torch
 from sharded_world import Blocky, of, problem_of, train
 
 import expunge as xp
-from expunge.core.errors import ModelError, NeedsError, UserError
+from expunge.core.errors import ModelError, NeedsError, RequestError, UserError
 from expunge.core.hashing import hash_model
 from expunge.core.outcome import CHANGES, Shards
+from expunge.exact import change
 from expunge.exact.change import put_on
 
 
@@ -60,6 +61,41 @@ def test_an_untrained_start_comes_with_it(tmp_path):
     other = Blocky()  # any weights of the architecture
     x = torch.randn(4, 5)
     assert torch.equal(outcome.change.apply(copy.deepcopy(other))(x), sharded.predict(x))
+    again = xp.load(outcome.save(tmp_path / "outcome"), model=other)
+    assert torch.equal(again.runnable()(x), sharded.predict(x))
+
+
+def test_a_backbone_that_is_not_in_it_must_be_the_one(sharded, tmp_path):
+    folder = sharded.outcome(*deleted(sharded)).save(tmp_path / "outcome")
+    torch.manual_seed(99)
+    with pytest.raises(ModelError, match="not the original"):
+        xp.load(folder, model=Blocky())
+
+
+def test_what_was_not_deleted_is_no_outcome(sharded):
+    gone, left = of(sharded, 0, 1)[:2]
+    sharded.forget(gone)
+    with pytest.raises(RequestError, match=f"such as {left}; forget it first"):
+        sharded.outcome(xp.forget(ids=[gone, left]))
+    sharded.forget(of(sharded, 1, 0)[0])
+    assert sharded.outcome(xp.forget(ids=[gone])).record["forgotten"] == 1  # not the other one
+
+
+def test_a_deletion_meanwhile_leaves_no_mixture(sharded, monkeypatch):
+    request, _ = deleted(sharded)
+    real, other = change.change_of, [xp.Sharded.load(sharded.folder)]
+
+    def late(*given):
+        if other:
+            other.pop().forget(of(sharded, 1, sharded.status().served[1][0])[0])
+        return real(*given)
+
+    monkeypatch.setattr(change, "change_of", late)
+    outcome = sharded.outcome(request)
+    assert not other and outcome.record["served"] == sharded.weights_hash()
+    assert (
+        hash_model(outcome.released()) == outcome.record["weights"] == hash_model(sharded.module())
+    )
 
 
 def test_it_can_be_audited(sharded):

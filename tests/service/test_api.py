@@ -96,7 +96,10 @@ def test_a_certificate_is_a_page_for_people_too(service, app, suffix, accept, ki
     assert (
         found.headers["vary"] == "Accept" and found.headers["x-content-type-options"] == "nosniff"
     )
-    assert "default-src 'none'" in found.headers["content-security-policy"]
+    closed = found.headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in closed
+    # a browser's viewer of PDFs is a page of its own, which neither of these would let work
+    assert all((part in closed) == (kind != PDF) for part in ("default-src 'none'", "sandbox"))
     ending = {HTML: "html", PDF: "pdf", JSON: "json"}[kind]
     assert found.headers["content-disposition"].endswith(f'"certificate-{one}.{ending}"')
     if kind == PDF:

@@ -560,13 +560,48 @@ def test_withdrawn_and_old_requests_are_not_counted(policy, monkeypatch):
     assert set(ended) == {"released", "planned"}
     service.database.write(
         lambda c: c.execute(
-            sa.update(tables.requests).values(created="2020-01-01T00:00:00.000+00:00")
+            sa.update(tables.requests).values(updated="2020-01-01T00:00:00.000+00:00")
         )
     )
     third = submit(service, ids=[12, 13, 14, 15, 16])
     step_until_done(service)
     assert service.get(third)["state"] == "released"
     service.close()
+
+
+def test_parts_that_lay_waiting_for_long_count_when_they_go_on(policy):
+    service = holding(policy, "hold_above = 5\nhold_hours = 1")
+    parts = [submit(service, ids=[3 * n, 3 * n + 1, 3 * n + 2]) for n in range(3)]
+    service.database.write(  # no worker ran for a while
+        lambda c: c.execute(
+            sa.update(tables.requests).values(
+                created="2020-01-01T00:00:00.000+00:00", updated="2020-01-01T00:00:00.000+00:00"
+            )
+        )
+    )
+    step_until_done(service)
+    found = sorted(service.get(one)["state"] for one in parts)
+    assert found == ["planned", "planned", "released"]
+    service.close()
+
+
+def test_one_that_was_withdrawn_meanwhile_waits_for_no_key(service, monkeypatch):
+    one = submit(service, ids=[1])
+    step_until_done(service)
+    keys = without_key(service)
+    again = submit(service, ids=[1])
+    cannot = steps.certificates
+
+    def late(*given, **more):
+        service.cancel(again)  # between the look and the note
+        return cannot(*given, **more)
+
+    monkeypatch.setattr(steps, "certificates", late)
+    assert steps.resolve(service, again) is None
+    row = service.get(again)
+    assert row["state"] == "cancelled" and row["error"] is None
+    keys.create()
+    assert steps.resolve(service, again) is False and service.get(one)["state"] == "released"
 
 
 def test_each_request_by_itself(policy):

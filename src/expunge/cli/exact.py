@@ -205,7 +205,11 @@ def forget_(
     if as_json:
         print_json(done.to_dict())
         return
-    typer.echo(f"{done.plan}" if done.changed else "all of it was deleted before; nothing changed")
+    if done.changed:
+        typer.echo(str(done.plan))
+    else:
+        which = "none of it is in the model" if missing else "all of it was deleted before"
+        typer.echo(f"{which}; nothing changed")
     _explain(done.plan)
     typer.echo(f"weights before: {done.weights_before}")
     typer.echo(f"weights after:  {done.weights_after}")

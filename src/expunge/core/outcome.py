@@ -64,6 +64,11 @@ class Change:
         """Apply to `model` in place and return it."""
         raise NotImplementedError
 
+    @property
+    def whole(self) -> bool:
+        """Whether it carries all weights, so that any model of the architecture will do for `apply`."""
+        return False
+
     def hash(self) -> str:
         """SHA-256 of the tensors."""
         return hash_tensors(self.tensors)
@@ -168,6 +173,11 @@ class Shards(Change):
     """
 
     kind: ClassVar[str] = "shards"
+
+    @property
+    def whole(self) -> bool:
+        """Whether the backbone is in it, as where training started untrained."""
+        return any(name.startswith("backbone/") for name in self.tensors)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the ensemble of the live shards on copies of `model`."""
@@ -316,7 +326,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Outcome:
         model = _rebuild(record.get("source") or {})
     if model is not None:
         wanted = record.get("fingerprint", {}).get("model")
-        if wanted and hash_model(model) != wanted:
+        if wanted and not change.whole and hash_model(model) != wanted:
             raise ModelError("the given model is not the original this outcome was made from")
         rebuilt = change.apply(copy.deepcopy(model)).eval()
     return Outcome(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from expunge.core.errors import ModelError, NeedsError
+from expunge.core.errors import ModelError, NeedsError, RequestError, StoreError
 from expunge.core.hashing import hash_model
 from expunge.core.method import package_versions
 from expunge.core.outcome import Cost, Outcome, Shards
@@ -87,12 +87,24 @@ def outcome_of(sharded: Sharded, request: Request, done: Deleted | None) -> Outc
 
     Raises:
         NeedsError: the model was loaded without its problem.
+        RequestError: samples of the request are not deleted.
         ExpungeError: no shard is alive.
     """
-    problem, now = sharded._problem, sharded._refreshed()
-    if problem is None:
+    problem, base = sharded._problem, sharded._base
+    if problem is None or base is None:
         raise NeedsError("an outcome is about a problem; load the model with it")
-    model, settings = sharded.module(), sharded.settings.in_force()
+    asked = sharded.plan(request)
+    if asked.ids:
+        raise RequestError(
+            f"{len(asked.ids)} samples of the request are not deleted, such as {asked.ids[0]}; "
+            "forget it first"
+        )
+    now, change = _consistent(sharded)
+    # not sharded.module(), which another process may have changed since
+    model, settings = (
+        put_on(base, change.tensors),
+        Settings.create(now.manifest["settings"]).in_force(),
+    )
     record: dict[str, Any] = {
         "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "problem": problem.name,
@@ -109,12 +121,21 @@ def outcome_of(sharded: Sharded, request: Request, done: Deleted | None) -> Outc
         "served": now.weights,
         "manifest": now.live.manifest,
         "exact": sharded.exact,
-        "forgotten": int(now.live.deleted.sum()) if done is None else len(done.plan.ids),
+        "forgotten": len(asked.already),
     }  # fmt: skip
     details = {} if done is None else {"deletion": done.to_dict()}
     cost = Cost(seconds=0.0 if done is None else done.seconds)
-    change = change_of(sharded._folder, now)
     return Outcome(model, change, cost=cost, details=details, record=record, problem=problem, request=request)  # fmt: skip
+
+
+def _consistent(sharded: Sharded) -> tuple[Now, Shards]:
+    """A state and its change; read again if another process deleted from it meanwhile."""
+    try:
+        now = sharded._refreshed()
+        return now, change_of(sharded._folder, now)
+    except StoreError:
+        now = sharded._refreshed()
+        return now, change_of(sharded._folder, now)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

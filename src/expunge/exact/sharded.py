@@ -275,7 +275,7 @@ class Sharded:
         """What is served now as the outcome of a request: to audit, compare, `save` and `xp.load`.
 
         Args:
-            request: what was asked to be forgotten.
+            request: what was asked to be forgotten; all of it that is in the model must be deleted.
             done: of `forget`, for the record and the cost.
         """
         return outcome_of(self, request, done)

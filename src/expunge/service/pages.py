@@ -25,13 +25,14 @@ CONTENT: dict[str, Any] = {
     "application/pdf": {"schema": {"type": "string", "format": "binary"}},
 }
 """The three forms in the OpenAPI document."""
-HEADERS = {
-    # the page has neither scripts nor anything from elsewhere, whatever a certificate may say
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; sandbox",
-    "X-Content-Type-Options": "nosniff",
-    "Vary": "Accept",
-}
+HEADERS = {"X-Content-Type-Options": "nosniff", "Vary": "Accept"}
+# the page has neither scripts nor anything from elsewhere, whatever a certificate may say
+CLOSED = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; sandbox"
+)
+# a browser's own viewer of PDFs is a page with scripts and styles, which that would block
+OPEN = "frame-ancestors 'none'"
 
 
 def asked_for(accept: str | None) -> Form:
@@ -78,7 +79,10 @@ def answer(signed: Mapping[str, Any], identifier: str, form: Form) -> Response:
         content, shown = _drawn(whole, form), "inline"
     name = f'{shown}; filename="certificate-{identifier}.{form}"'
     kind = next(k for k, v in TYPES.items() if v == form)
-    return Response(content, media_type=kind, headers={**HEADERS, "Content-Disposition": name})
+    closed = {"Content-Security-Policy": OPEN if form == "pdf" else CLOSED}
+    return Response(
+        content, media_type=kind, headers={**HEADERS, **closed, "Content-Disposition": name}
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -188,16 +188,25 @@ def move(
 
 
 def say(connection: sa.Connection, identifiers: Iterable[str], why: str | None) -> None:
-    """Say with requests why they wait; they stay in their state, and None takes it back."""
+    """Say with requests why they wait; they stay in their state, and None takes it back.
+
+    Those that have ended meanwhile, as by being withdrawn, wait for nothing.
+    """
     connection.execute(
-        sa.update(requests).where(requests.c.id.in_(list(identifiers))).values(error=why)
+        sa
+        .update(requests)
+        .where(requests.c.id.in_(list(identifiers)), requests.c.state.not_in(states.FINAL))
+        .values(error=why)
     )
 
 
 def unheld(connection: sa.Connection, model: str, since: str) -> int:
-    """Samples of a model's requests since a time that went on without anybody's approval."""
+    """Samples of a model's requests that went on since a time without anybody's approval.
+
+    When they were submitted does not matter: workers that were down may find many old ones at once.
+    """
     total = sa.select(sa.func.coalesce(sa.func.sum(requests.c.count), 0)).where(
-        requests.c.model == model, requests.c.hold.is_(False), requests.c.created >= since,
+        requests.c.model == model, requests.c.hold.is_(False), requests.c.updated >= since,
         requests.c.state.in_((states.PLANNED, states.RUNNING, states.AUDITED, states.RELEASED)),
     )  # fmt: skip
     return int(connection.execute(total).scalar_one())

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from expunge.core.data import Data
 from expunge.core.errors import ModelError
 from expunge.core.problem import Problem
 from expunge.core.request import Request
-from expunge.core.runtime import Runtime
+from expunge.core.runtime import Runtime, random_restored
 from expunge.problems.classification import Classification
 from expunge.train.recipe import SupervisedRecipe
 
@@ -89,10 +90,18 @@ class Workload:
             tuned=self.tuned,
         )
 
-    def untrained(self) -> Problem:
-        """The problem around the network that its recipe starts from, for what trains by itself."""
+    def untrained(self, seed: int = 0) -> Problem:
+        """The problem around a network that its recipe could start from, for what trains by itself.
+
+        Args:
+            seed: of the network's weights; the same one gives the same network.
+        """
         recipe = self.recipe(self.data().train)
-        return self.problem(weights=recipe.build().state_dict())
+        with random_restored():
+            torch.manual_seed(seed)
+            made = self.problem(seed, weights=recipe.build().state_dict())
+        made.source["untrained"] = True
+        return made
 
     def describe(self) -> dict[str, Any]:
         """What listings show."""
@@ -129,10 +138,11 @@ def stratified(labels: np.ndarray, parts: tuple[int, ...], seed: int) -> list[np
 
 
 def original_of(source: Mapping[str, Any]) -> nn.Module:
-    """Train the original of a record's `source` again."""
+    """Make the original of a record's `source` again: train it, or leave it untrained as it was."""
     from expunge.workloads import registry
 
-    return registry.get(source["workload"]).problem(int(source["seed"])).model
+    workload, seed = registry.get(source["workload"]), int(source["seed"])
+    return (workload.untrained(seed) if source.get("untrained") else workload.problem(seed)).model
 
 
 def pruned_original_of(source: Mapping[str, Any]) -> nn.Module:

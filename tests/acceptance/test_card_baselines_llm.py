@@ -1,5 +1,7 @@
 """The small-scale run of the card baselines-llm: TinyFacts, 60 steps of each loss.
 
+Its AUCs count the end of an answer, which ascent makes unlikely too; the audit leaves it out. CE-U takes
+an answer's first token as well: of three tokens, none is left in the card's run.
 Writes benchmarks/results/baselines_llm.json and .md.
 """
 
@@ -8,18 +10,14 @@ from __future__ import annotations
 import pytest
 import torch
 from _results import must_be_seen, write
+from _tinyfacts import STEPS, figures
 
 import expunge as xp
-from expunge.audits.memorisation import Memorisation
-from expunge.audits.text_membership import TextMembership
 from expunge.core.audit import Subject
 from expunge.workloads.tinyfacts import tinyfacts
 
 pytestmark = pytest.mark.acceptance
 
-STEPS = {
-    "epochs": 60, "lr": 5e-4, "batch_size": 20, "rehearse": 2, "warmup": 0.0, "decay": "none",
-}  # fmt: skip
 M = xp.methods
 RUNS = {
     "gradient ascent, 12 steps": lambda: M.GradDiff(**(STEPS | {"epochs": 12}), alpha=0.0),
@@ -31,29 +29,13 @@ RUNS = {
     "simnpo": lambda: M.SimNPO(**STEPS),
     "wga": lambda: M.WGA(**STEPS),
     "satimp": lambda: M.SatImp(**STEPS),
-    "ceu": lambda: M.CEU(**STEPS, alpha=1.0),
+    "ceu": lambda: M.CEU(**STEPS, alpha=1.0, skip=0),
     "undial": lambda: M.UNDIAL(**(STEPS | {"lr": 5e-4}), alpha=1.0),
     "task-vector 1": lambda: M.TaskVector(**VECTOR, strength=1.0),
     "task-vector 3": lambda: M.TaskVector(**VECTOR, strength=3.0),
     "task-vector 10": lambda: M.TaskVector(**VECTOR, strength=10.0),
 }
 VECTOR = {"epochs": 60, "lr": 5e-4, "batch_size": 20}
-
-
-def figures(subject, runtime) -> dict[str, float]:
-    """Probability and exact memorisation of forget answers, that of retain answers, and the AUC."""
-    found = {
-        f.name: f
-        for audit in (Memorisation(), TextMembership(scores=("loss",)))
-        for f in audit.run(subject, [], runtime)
-    }
-    auc = found["text-membership/auc-loss"]
-    return {
-        "probability": found["memorisation/probability-forget-train"].value,
-        "forget": found["memorisation/exact-forget-train"].value,
-        "retain": found["memorisation/exact-retain-train"].value,
-        "auc": auc.detail.get("auc", auc.value),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +59,8 @@ def seen():
 def expected(found):
     """What the card says must be seen: the sentence, the figures, and whether it holds."""
     for name in ("grad-diff", "wga", "ceu"):
-        values = [found[name]["auc"], found["retrain"]["auc"], found[name]["retain"]]
-        yield f"{name} over-forgets while utility looks perfect: AUC, that of retraining, retain EM", values, values[0] < values[1] - 0.1 and values[2] > 0.95  # fmt: skip
+        values = [found[name]["auc, end"], found["retrain"]["auc, end"], found[name]["retain"], found[name]["auc"], found["retrain"]["auc"]]  # fmt: skip
+        yield f"{name} over-forgets while utility looks perfect: AUC, that of retraining, retain EM; AUCs without the end of answers", values, values[0] < values[1] - 0.1 and values[2] > 0.95  # fmt: skip
     values = [found[f"npo {b}"]["forget"] for b in ("0.1", "0.3", "1")]
     yield "a larger β of npo forgets less: forget EM at 0.1, 0.3, 1", values, values[0] <= values[1] <= values[2] and values[2] > values[0]  # fmt: skip
     for side in ("forget", "retain"):

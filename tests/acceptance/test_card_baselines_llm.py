@@ -1,10 +1,7 @@
 """The small-scale run of the card baselines-llm: TinyFacts, 60 steps of each loss.
 
-The card's answers are labelled with the end of the text, and so is its AUC: what ascent does to the end
-alone, which unseen answers share, tells forgotten ones apart. The audit's own AUC leaves the end out and
-stands beside it. CE-U takes the whole answer here, as the card's figures do (EM 0 of all tokens; with the
-first token left alone that one is still said).
-
+Its AUCs count the end of an answer, which ascent makes unlikely too; the audit leaves it out. CE-U takes
+an answer's first token as well: of three tokens, none is left in the card's run.
 Writes benchmarks/results/baselines_llm.json and .md.
 """
 
@@ -13,18 +10,14 @@ from __future__ import annotations
 import pytest
 import torch
 from _results import must_be_seen, write
+from _tinyfacts import STEPS, figures
 
 import expunge as xp
-from expunge.audits.memorisation import Memorisation
-from expunge.audits.text_membership import TextMembership
 from expunge.core.audit import Subject
 from expunge.workloads.tinyfacts import tinyfacts
 
 pytestmark = pytest.mark.acceptance
 
-STEPS = {
-    "epochs": 60, "lr": 5e-4, "batch_size": 20, "rehearse": 2, "warmup": 0.0, "decay": "none",
-}  # fmt: skip
 M = xp.methods
 RUNS = {
     "gradient ascent, 12 steps": lambda: M.GradDiff(**(STEPS | {"epochs": 12}), alpha=0.0),
@@ -43,36 +36,6 @@ RUNS = {
     "task-vector 10": lambda: M.TaskVector(**VECTOR, strength=10.0),
 }
 VECTOR = {"epochs": 60, "lr": 5e-4, "batch_size": 20}
-
-
-def figures(subject, runtime) -> dict[str, float]:
-    """Probability and exact memorisation of forget answers, that of retain answers, and both AUCs."""
-    found = {
-        f.name: f
-        for audit in (Memorisation(), TextMembership(scores=("loss",)))
-        for f in audit.run(subject, [], runtime)
-    }
-    auc = found["text-membership/auc-loss"]
-    return {
-        "probability": found["memorisation/probability-forget-train"].value,
-        "forget": found["memorisation/exact-forget-train"].value,
-        "retain": found["memorisation/exact-retain-train"].value,
-        "auc": card_auc(subject),
-        "auc, end left out": auc.detail.get("auc", auc.value),
-    }
-
-
-@torch.no_grad()
-def card_auc(subject) -> float:
-    """P(a forget answer has a smaller mean loss than an unseen one), the end of the text included."""
-    problem, losses = subject.problem, []
-    for data, ids in (
-        (problem.train, subject.splits["forget-train"]), (problem.test, problem.test.ids)
-    ):  # fmt: skip
-        losses.append(problem.each_loss(subject.model, data.fetch(ids)))
-    forget, unseen = losses
-    less = (forget[:, None] < unseen).double() + (forget[:, None] == unseen).double() / 2
-    return float(less.mean())
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +59,8 @@ def seen():
 def expected(found):
     """What the card says must be seen: the sentence, the figures, and whether it holds."""
     for name in ("grad-diff", "wga", "ceu"):
-        values = [found[name]["auc"], found["retrain"]["auc"], found[name]["retain"]]
-        yield f"{name} over-forgets while utility looks perfect: AUC, that of retraining, retain EM", values, values[0] < values[1] - 0.1 and values[2] > 0.95  # fmt: skip
+        values = [found[name]["auc, end"], found["retrain"]["auc, end"], found[name]["retain"], found[name]["auc"], found["retrain"]["auc"]]  # fmt: skip
+        yield f"{name} over-forgets while utility looks perfect: AUC, that of retraining, retain EM; AUCs without the end of answers", values, values[0] < values[1] - 0.1 and values[2] > 0.95  # fmt: skip
     values = [found[f"npo {b}"]["forget"] for b in ("0.1", "0.3", "1")]
     yield "a larger β of npo forgets less: forget EM at 0.1, 0.3, 1", values, values[0] <= values[1] <= values[2] and values[2] > values[0]  # fmt: skip
     for side in ("forget", "retain"):

@@ -65,6 +65,21 @@ def test_a_deletion_equals_that_of_the_model_itself(made, tmp_path, trained):
     service.close()
 
 
+def test_what_was_deleted_before_the_service_began_names_the_folder_in_force(made, tmp_path):
+    model = tmp_path / "model"
+    xp.Sharded.load(model).forget([1])
+    service = made()
+    row = submit(service, ids=[1])
+    assert row["result"] == {"outcome": "already-deleted", "version": 0}
+    keys = KeySet.read(service.keys)
+    verdict = verify(row["certificate"], keys, model)
+    assert verdict.ok, verdict.sentences
+    stage = next((model / "stages").glob("*.safetensors"))
+    stage.write_bytes(stage.read_bytes() + b"x")
+    assert not verify(row["certificate"], keys, model).ok
+    service.close()
+
+
 def test_superseded_adapters_are_erased_everywhere(made, tmp_path):
     service = made()
     submit(service, ids=[1])

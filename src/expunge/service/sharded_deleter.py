@@ -41,7 +41,7 @@ class ShardedDeleter:
                 a problem that gives data.
         """
         self._model = model
-        self._origin = policy.path(model.folder)
+        self.origin = policy.path(model.folder)
         self._backbone = backbone_of(policy, model.problem)
         self._opened: dict[Path, Sharded] = {}
         self._lock = threading.Lock()
@@ -83,7 +83,7 @@ class ShardedDeleter:
     def forget(self, ids: Sequence[int], version: Path | None, target: Path, how: str) -> Json:
         """Switch off what saw the samples; train anew where the policy says so."""
         began = time.perf_counter()
-        _link(version or self._origin, target)
+        _link(version or self.origin, target)
         sharded = Sharded.load(target, self._backbone)
         done = sharded.forget(list(ids))
         plan, retrained = done.plan, []
@@ -143,13 +143,13 @@ class ShardedDeleter:
         now = Sharded.load(version, self._backbone)._now
         gone = now.index.ids[now.live.deleted].tolist()
         if gone:
-            Sharded.load(self._origin, self._backbone).forget(gone)
+            Sharded.load(self.origin, self._backbone).forget(gone)
 
     # ------------------------------------------------------------------ folders
 
     def _open(self, version: Path | None, *, keep: bool = True) -> Sharded:
         """A version, opened once; a version never changes."""
-        folder = version or self._origin
+        folder = version or self.origin
         with self._lock:
             if folder not in self._opened:
                 opened = Sharded.load(folder, self._backbone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -59,7 +60,7 @@ def resolve(service: Service, identifier: str) -> bool | None:
     signed: Json = {}
     if not found.ids:
         record = dict(current["record"]) if current is not None else _untouched(service, row)
-        folder, before = service.current_folder(current), _before(service, current)
+        folder, before = _in_force(service, row["model"], current), _before(service, current)
         covered = {identifier: list(found.already)}
         try:
             signed = certificates(
@@ -103,6 +104,14 @@ def _untouched(service: Service, row: requests.Row) -> Json:
         "weights": weights, "weights_before": weights, "findings": [],
         "evidence": deleter.evidence, "method": "an earlier deletion",
     }  # fmt: skip
+
+
+def _in_force(service: Service, model: str, current: requests.Row | None) -> Path | None:
+    """The folder whose files a certificate names; None for a model that was not trained into one."""
+    if current is not None:
+        return service.current_folder(current)
+    origin: Path | None = getattr(service.deleter(model), "origin", None)
+    return origin
 
 
 def _waits(service: Service, why: str, which: Callable[[sa.Connection], Iterable[str]]) -> None:
@@ -325,8 +334,9 @@ def release(service: Service, batch: str, how: str, made: Json, found: Json) -> 
         earlier = True
         record = {**about_others(current["record"]), "batch": batch}
         folder, before = service.current_folder(current), _before(service, current)
+    named = folder or _in_force(service, name, current)
     try:
-        signed = certificates(service, name, covered, record, folder, before, earlier=earlier)
+        signed = certificates(service, name, covered, record, named, before, earlier=earlier)
     except CannotSign as error:
         _waits(service, str(error), lambda c: batches.members(c, batch))
         return {"waits": True}

@@ -107,7 +107,7 @@ class LAF(Training):
         super().check(problem, request)
         last = tuple(f"{name}." for name in problem.role("last layer"))
         if all(name.startswith(last) for name, _ in problem.model.named_parameters()):
-            raise NeedsError("laf trains what comes before a last layer; the model has only that")
+            raise NeedsError("laf trains what is before the last layer; the model has only that")
 
     def run(self, view: View, runtime: Runtime) -> Outcome:
         """Fit both VAEs, take turns, and repair if asked to."""

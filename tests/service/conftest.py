@@ -6,27 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from policy_text import POLICY
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 pytest.importorskip("dbos")
 
 from expunge.service.service import Service
-
-POLICY = """
-[service]
-database = "service.db"
-poll_seconds = 0.05
-per_second = 100000
-burst = 100000
-[models.fake]
-kind = "custom"
-deleter = "fakes:make"
-[models.held]
-kind = "custom"
-deleter = "fakes:make"
-hold = true
-"""
 
 
 @pytest.fixture

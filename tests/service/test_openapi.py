@@ -24,7 +24,7 @@ EXAMPLES = int(os.environ.get("EXPUNGE_FUZZ", "8"))
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory):
-    from conftest import POLICY
+    from policy_text import POLICY
 
     file = tmp_path_factory.mktemp("fuzz") / "service.toml"
     file.write_text(POLICY)
